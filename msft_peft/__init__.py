@@ -1,0 +1,60 @@
+"""HuggingFace's PEFT API over MindSpore: `from msft_peft import LoraConfig, get_peft_model`."""
+
+from msft_peft import tuners
+from msft_peft.config import PeftConfig, TaskType
+from msft_peft.core.inject import inject_adapter_in_model
+from msft_peft.core.tuner import Tuner
+from msft_peft.errors import (
+    AdapterNameError,
+    ConfigError,
+    LoadError,
+    MergeError,
+    NoMatchingPeftModuleError,
+    PeftError,
+    PeftWarning,
+)
+from msft_peft.model import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_peft_model,
+)
+from msft_peft.registry import discover, get_peft_config, peft_types
+from msft_peft.tuners.lora import LoraConfig, LoraRuntimeConfig
+
+discover(tuners)
+PeftType = peft_types()
+LoraModel = Tuner
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterNameError",
+    "ConfigError",
+    "LoadError",
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MergeError",
+    "NoMatchingPeftModuleError",
+    "PeftConfig",
+    "PeftError",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PeftWarning",
+    "TaskType",
+    "Tuner",
+    "get_peft_config",
+    "get_peft_model",
+    "inject_adapter_in_model",
+]

@@ -1,0 +1,95 @@
+"""One op per layer kind: how that layer applies a weight that comes from outside.
+
+`op(x, w)` is what the base layer does with its own weight, bias left out; `op.mix(h, w)` mixes the output channels of
+such a result: the second half of a low-rank product. Weights come in torch's layout. Only kernels that CPU, GPU and
+Ascend all have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
+"""
+
+from mindspore import Parameter, Tensor, nn, ops
+
+
+class DenseOp(nn.Cell):
+    """y = x·Wᵀ for x (*, in) and W (out, in)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        # One flat product: batched kernels are slower on CPU, and this is the form that sharding strategies address.
+        y = self.matmul(ops.reshape(x, (-1, x.shape[-1])), w)
+        return ops.reshape(y, x.shape[:-1] + (w.shape[0],))
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        return self.construct(h, w)
+
+
+class EmbeddingOp(DenseOp):
+    """y = W[ids] for ids (*) and W (vocabulary, dim)."""
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        return ops.gather(w, x, 0)
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        y = self.matmul(ops.reshape(h, (-1, h.shape[-1])), w)
+        return ops.reshape(y, h.shape[:-1] + (w.shape[0],))
+
+
+class ConvOp(nn.Cell):
+    """y = x ∗ W for x (N, in, spatial...) and W (out, in / groups, kernel...), in one, two or three dimensions.
+
+    Args:
+        dims: number of spatial dimensions, 1 to 3.
+        in_channels: channels of x. A weight with fewer input channels than x has is a grouped one.
+        stride, dilation: one number per dimension.
+        pad_mode: "same", "valid" or "pad".
+        padding: with "pad", (before, after) per dimension in one flat tuple.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        pad_mode: str,
+        padding: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.dims, self.in_channels = dims, in_channels
+        # One dimension runs as two, of which the first has length one.
+        lead = 1 if dims == 1 else 0
+        self.stride, self.dilation = (1,) * lead + stride, (1,) * lead + dilation
+        before, after = (0,) * lead + padding[0::2], (0,) * lead + padding[1::2]
+        self.pad_mode, self.padding, self.zero_pad = pad_mode, 0, ()
+        if pad_mode == "pad" and before == after:
+            self.padding = before
+        elif pad_mode == "pad":
+            # MindSpore's functional convolutions take symmetric padding only: write the zeros first.
+            pairs = list(zip(before, after, strict=True))
+            self.pad_mode, self.zero_pad = "valid", tuple(n for pair in reversed(pairs) for n in pair)
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        groups = self.in_channels // w.shape[1]
+        if self.dims == 1:
+            x, w = ops.expand_dims(x, 2), ops.expand_dims(w, 2)
+        if self.zero_pad:
+            x = ops.pad(x, self.zero_pad)
+        if self.dims == 3:
+            y = ops.conv3d(x, w, None, self.stride, self.pad_mode, self.padding, self.dilation, groups)
+        else:
+            y = ops.conv2d(x, w, None, self.stride, self.pad_mode, self.padding, self.dilation, groups)
+        return ops.squeeze(y, 2) if self.dims == 1 else y
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        groups = h.shape[1] // w.shape[1]
+        if self.dims == 1:
+            return ops.squeeze(ops.conv2d(ops.expand_dims(h, 2), ops.expand_dims(w, 2), groups=groups), 2)
+        if self.dims == 3:
+            return ops.conv3d(h, w, groups=groups)
+        return ops.conv2d(h, w, groups=groups)
+
+
+def add_bias(y: Tensor, bias: Parameter | None) -> Tensor:
+    """y + bias along the last axis."""
+    return y if bias is None else ops.add(y, bias)

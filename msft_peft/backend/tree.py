@@ -1,0 +1,75 @@
+"""Surgery on trees of Cells, and the names that parameters bear afterwards."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mindspore import Parameter, nn
+
+# MindSpore's local parameter names -> those of torch modules, which checkpoint files speak.
+_TORCH_NAMES = {
+    "gamma": "weight",
+    "beta": "bias",
+    "embedding_table": "weight",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+_NORMS_AND_TABLES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def get_child(root: nn.Cell, path: str) -> nn.Cell:
+    """The cell at a dotted path; the root itself for the empty path."""
+    for key in path.split(".") if path else []:
+        root = root._cells[key]
+    return root
+
+
+def replace_child(root: nn.Cell, path: str, new: nn.Cell) -> None:
+    """Put `new` where the cell at `path` is. Names are not touched: call `refresh_names` after the last edit.
+
+    `setattr` and `insert_child_to_cell` are of no use here: they rename parameters relative to the parent alone, and a
+    `SequentialCell` runs from a list of its own that they do not update.
+    """
+    parent_path, _, key = path.rpartition(".")
+    parent = get_child(root, parent_path)
+    parent._cells[key] = new
+    if isinstance(parent, nn.SequentialCell):
+        parent.cell_list = list(parent._cells.values())
+
+
+def refresh_names(root: nn.Cell) -> None:
+    """Make each `p.name` the path of p below `root`; without it optimizers, checkpoints and graphs see duplicates."""
+    root.update_parameters_name()
+    for _, cell in root.cells_and_names():
+        cell._is_check_and_refresh = False
+
+
+def torch_name(owner: nn.Cell, local: str) -> str:
+    """What torch calls the parameter `local` of the stock Cell `owner` (`gamma` -> `weight`); other names are kept."""
+    return _TORCH_NAMES.get(local, local) if isinstance(owner, _NORMS_AND_TABLES) else local
+
+
+def torch_shape(owner: nn.Cell, local: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that torch gives this parameter: `nn.Conv1d` stores (out, in, 1, k), torch (out, in, k)."""
+    is_conv1d = isinstance(owner, nn.Conv1d) and local == "weight"
+    return shape[:2] + shape[3:] if is_conv1d and len(shape) == 4 else shape
+
+
+class Named(NamedTuple):
+    """A parameter, and how torch's files and MindSpore's name it below some root."""
+
+    key: str
+    local: str
+    parameter: Parameter
+    shape: tuple[int, ...]
+
+
+def named_parameters(root: nn.Cell, prefix: str = "") -> Iterator[Named]:
+    """Every parameter below `root`, once: `key` and `shape` as in torch's files, `local` its path here."""
+    seen = set()
+    for path, cell in root.cells_and_names(name_prefix=prefix):
+        for local, p in cell._params.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                dot = f"{path}." if path else ""
+                shape = torch_shape(cell, local, tuple(p.shape))
+                yield Named(dot + torch_name(cell, local), dot + local, p, shape)

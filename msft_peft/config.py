@@ -1,0 +1,214 @@
+"""Configs and their JSON: the same fields, defaults and files as HF peft's."""
+
+import dataclasses
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from msft_peft.backend.files import fetch, write_text
+from msft_peft.errors import ConfigError, PeftWarning
+
+HF_PEFT_VERSION = "0.21.2"
+CONFIG_NAME = "adapter_config.json"
+
+
+class TaskType(str, Enum):
+    """What the model is for; it decides which `PeftModelFor...` class wraps it."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass
+class PeftConfig:
+    """What every config has.
+
+    Args:
+        task_type: a `TaskType` or its name; None for a model that is none of them.
+        peft_type: the method; fixed by the class.
+        auto_mapping: where to import the base model from, written on saving when `task_type` is None.
+        peft_version: version of HF peft whose format a file follows.
+        base_model_name_or_path: the base model that the adapter was made for.
+        revision: of the base model.
+        inference_mode: the adapter is loaded frozen.
+
+    Raises:
+        ConfigError: `task_type` is none of `TaskType`.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        names = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in names:
+            raise ConfigError(
+                f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {', '.join(names)}."
+            )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    def require_built(self) -> None:
+        """Raise NotImplementedError, naming the field, if this config asks for something that is not built yet."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data, nested configs included."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json`: HF's keys, sorted, so that equal configs give equal bytes."""
+        fields = self.to_dict() | {"inference_mode": True, "peft_version": self.peft_version or HF_PEFT_VERSION}
+        return json.dumps(fields, indent=2, sort_keys=True)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `adapter_config.json` into `save_directory`, atomically.
+
+        The file says `inference_mode: true`, as HF's does; the config in memory keeps its own value.
+
+        Raises:
+            NotADirectoryError: the path is a file.
+        """
+        write_text(Path(save_directory) / CONFIG_NAME, self.to_json())
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], origin: str = "the given dict") -> "PeftConfig":
+        """The config that `fields` describe, of the class that their `peft_type` names.
+
+        Fields that the class does not know are dropped with one warning (files of newer versions have them).
+
+        Raises:
+            ConfigError: no or an unknown `peft_type`, or a value that the class refuses; `origin` is named.
+        """
+        fields = {key: value for key, value in fields.items() if key != "runtime_config"}
+        found = cls._class_for(fields.get("peft_type", cls.peft_type), origin)
+        known = {f.name for f in dataclasses.fields(found) if f.init}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {found.__name__}, these are ignored. "
+                f"They come from {origin}, which a newer version of the library may have written.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        try:
+            return found(**{key: value for key, value in fields.items() if key in known})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{origin} is no valid {found.__name__}: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike) -> dict[str, Any]:
+        """The fields in a JSON file, as they stand there.
+
+        Raises:
+            ConfigError: the file is no JSON object; it is named.
+        """
+        try:
+            fields = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path_json_file} is no valid JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path_json_file} must hold a JSON object, got {type(fields).__name__}")
+        return fields
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any
+    ) -> "PeftConfig":
+        """Read `adapter_config.json` from a directory or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or a repository id.
+            subfolder: folder below it.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` for `huggingface_hub`.
+
+        Raises:
+            ConfigError: the file is missing ("Can't find 'adapter_config.json' at ..."), broken or of unknown type.
+        """
+        path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        if path is None:
+            raise ConfigError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
+        return cls.from_dict(cls.from_json_file(path), origin=str(path))
+
+    @classmethod
+    def _class_for(cls, peft_type: Any, origin: str) -> type["PeftConfig"]:
+        """The config class whose `peft_type` is this, looked for among all classes that exist."""
+        if peft_type is None:
+            raise ConfigError(f"{origin} names no 'peft_type', so nothing says which method it configures")
+        by_type = {sub.peft_type: sub for sub in _subclasses(PeftConfig) if isinstance(sub.peft_type, str)}
+        if peft_type not in by_type:
+            raise ConfigError(
+                f"{origin} has peft_type={peft_type!r}, which this version does not have; it has {sorted(by_type)}"
+            )
+        return by_type[peft_type]
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """A config of a method that works on chosen layers of the model.
+
+    Args:
+        target_modules: a list of layer names (a whole path, or the end of one from a dot on), a regex for the whole
+            path, "all-linear", or None for the architecture's usual layers.
+        exclude_modules: a list or a regex of the same kind; wins over `target_modules`.
+        layers_to_transform: index or indices of the blocks to work on; only with a list of targets.
+        layers_pattern: name or names of the list that holds the blocks, where its path is ambiguous.
+        modules_to_save: layers to train whole, as copies, beside the adapter (a new head, say).
+
+    Raises:
+        ConfigError: layer indices beside a regex or "all-linear", or a pattern without indices.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                # HF keeps these as sets, whose order changes from run to run, and its files with it.
+                setattr(self, name, sorted(set(value)))
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types only: enums become their values, sets and tuples lists."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))

@@ -1,0 +1,1 @@
+"""Patch, TunerLayer, target matching and injection: what every method shares."""

@@ -1,0 +1,321 @@
+"""Putting adapters into a model and taking them out: everything is prepared and checked before the tree is touched."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mindspore import Parameter, float32, nn
+
+from msft_peft.backend.arrays import HALF_DTYPES
+from msft_peft.backend.graphs import drop_compiled
+from msft_peft.backend.tree import Named, get_child, named_parameters, refresh_names, replace_child
+from msft_peft.config import PeftConfig, TargetedConfig
+from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, copy_of, wrappers
+from msft_peft.core.patch import Patch
+from msft_peft.core.targets import match_targets, matches_name, resolve_targets
+from msft_peft.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from msft_peft.hosts import Site, describe
+from msft_peft.registry import Method, method_of
+
+# Heads that task classes ask to be trained whole without knowing which of them a model has.
+OPTIONAL_HEADS = ("classifier", "score", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A name, and all that bears it: in the model already, or prepared and still outside it.
+
+    Attributes:
+        name: the adapter's name.
+        config: its config, targets resolved.
+        patches: its Patch at each adapted layer's path.
+        modules: its copy of each layer that it trains whole, by path.
+    """
+
+    name: str
+    config: PeftConfig
+    patches: dict[str, Patch]
+    modules: dict[str, nn.Cell]
+
+    def entries(self, model: nn.Cell) -> dict[str, Named]:
+        """Its tensors by their keys in HF's files, below the base model: weights, copies, and trained biases.
+
+        `local` of each is the parameter's path once the adapter is in the model.
+        """
+        found: dict[str, Named] = {}
+        for path, patch in self.patches.items():
+            for attribute, suffix in patch.keys.items():
+                p, rest = getattr(patch, attribute), suffix.partition(".")[2]
+                local = ".".join(part for part in (path, attribute, self.name, rest) if part)
+                found[f"{path}.{suffix}"] = Named(f"{path}.{suffix}", local, p, tuple(p.shape))
+        for path, module in self.modules.items():
+            for named in named_parameters(module):
+                key, local = f"{path}.{named.key}", f"{path}.modules_to_save.{self.name}.{named.local}"
+                found[key] = named._replace(key=key, local=local)
+        return found | self.biases(model)
+
+    def biases(self, model: nn.Cell) -> dict[str, Named]:
+        """The base model's biases that it trains in place, with the paths that they have once it is in."""
+        kind = getattr(self.config, "bias", "none")
+        if kind == "none":
+            return {}
+        held = _held_ids(model)
+        adapted = set(self.patches) | {path for path, w in wrappers(model) if isinstance(w, TunerLayer)}
+        found = {}
+        for named in named_parameters(model):
+            owner, _, leaf = named.key.rpartition(".")
+            owner = owner.removesuffix(".base_layer")
+            if leaf != "bias" or id(named.parameter) in held or (kind == "lora_only" and owner not in self.patches):
+                continue
+            if owner in adapted:
+                inner = f"{owner}.base_layer."
+                named = named._replace(key=inner + leaf, local=inner + named.local.rpartition(".")[2])
+            found[named.key] = named
+        return found
+
+
+def adapter_in(model: nn.Cell, name: str) -> Adapter:
+    """The adapter `name` as it is in the model.
+
+    Raises:
+        AdapterNameError: there is none of that name.
+    """
+    if name not in configs_of(model):
+        raise AdapterNameError(f"Adapter {name} not found. There are {sorted(configs_of(model))}.")
+    found = [(path, w, w.held()[name]) for path, w in wrappers(model) if name in w.held()]
+    patches = {path: cell for path, w, cell in found if isinstance(w, TunerLayer)}
+    modules = {path: cell for path, w, cell in found if isinstance(w, ModulesToSaveWrapper)}
+    return Adapter(name, configs_of(model)[name], patches, modules)  # type: ignore[arg-type]
+
+
+def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True) -> Adapter:
+    """Build everything that an adapter needs, outside the model, which stays as it is.
+
+    Args:
+        model: the base model, with or without other adapters.
+        config: what to build; it is copied, and the copy's targets are resolved.
+        name: the adapter's name.
+        autocast: keep the weights in float32 where the base is in half precision.
+
+    Raises:
+        AdapterNameError: not a name for an adapter.
+        NotImplementedError: the config asks for something that is not built; the field is named.
+        ConfigError: an unknown method, a target that the method cannot work on, or no targets to be found.
+        NoMatchingPeftModuleError: nothing in the model matches.
+    """
+    method = method_of(config)
+    config.require_built()
+    check_name(name)
+    config = copy.deepcopy(config)
+    assert isinstance(config, TargetedConfig)
+    config.target_modules = resolve_targets(config, method, model)
+    cells = _outer_cells(model)
+    sites = _sites(method, cells, match_targets(config, cells))
+    _settle_fan_in_fan_out(config, sites.values())
+    _check_bias(model, config, name)
+    modules = _modules_to_save(config, cells)
+    return Adapter(
+        name,
+        config,
+        {path: method.patches[site.kind](site, config, autocast) for path, site in sites.items()},
+        {path: copy_of(cell, _train_dtype(cell, autocast)) for path, cell in modules.items()},
+    )
+
+
+def attach(model: nn.Cell, adapter: Adapter) -> None:
+    """Put a prepared adapter into the model, inactive and frozen; one of the same name is replaced.
+
+    The base model's own parameters are frozen, and nothing of them is copied.
+    """
+    keep = _held_ids(model) | {id(p) for name in configs_of(model) for p in _biases_of(model, name)}
+    for p in model.get_parameters():
+        if id(p) not in keep:
+            p.requires_grad = False
+    discard(model, adapter.name)
+    enabled = all(wrapper.enabled for _, wrapper in wrappers(model))
+    for path, patch in adapter.patches.items():
+        layer = get_child(model, path)
+        if not isinstance(layer, TunerLayer):
+            layer = TunerLayer(layer, patch.site)
+            replace_child(model, path, layer)
+        layer.add(adapter.name, patch)
+    for path, module in adapter.modules.items():
+        wrapper = get_child(model, path)
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            wrapper = ModulesToSaveWrapper(wrapper)
+            replace_child(model, path, wrapper)
+        wrapper.add(adapter.name, module)
+    for path in (*adapter.patches, *adapter.modules):
+        wrapper = get_child(model, path)
+        wrapper.set_requires_grad([adapter.name], False)
+        wrapper.enable_adapters(enabled)
+    model.peft_config = configs_of(model) | {adapter.name: adapter.config}
+
+
+def discard(model: nn.Cell, name: str) -> None:
+    """Take all that bears `name` out of the model; the wrappers stay, and without adapters act as the base layers."""
+    for _, wrapper in wrappers(model):
+        wrapper.discard(name)
+    if name in configs_of(model):
+        model.peft_config = {key: config for key, config in configs_of(model).items() if key != name}
+
+
+def detach_all(model: nn.Cell) -> None:
+    """Put the base layers themselves back in the place of all wrappers, and forget the adapters."""
+    for path, wrapper in reversed(wrappers(model)):
+        if path:
+            replace_child(model, path, wrapper.base())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    settle(model)
+
+
+def activate(model: nn.Cell, names: Iterable[str], trainable: bool) -> None:
+    """Make these adapters the active ones, trainable or frozen; all others are inactive and frozen."""
+    names = list(names)
+    for _, wrapper in wrappers(model):
+        wrapper.activate(names)
+        wrapper.set_requires_grad(wrapper.held(), False)
+        wrapper.set_requires_grad(names, trainable)
+    for name in configs_of(model):
+        for p in _biases_of(model, name):
+            p.requires_grad = trainable and name in names
+
+
+def configs_of(model: nn.Cell) -> dict[str, PeftConfig]:
+    """The configs of the adapters in the model, by name."""
+    return getattr(model, "peft_config", {})
+
+
+def settle(root: nn.Cell) -> None:
+    """What must follow every edit of the tree: parameters are named after their paths, compiled graphs are dropped."""
+    refresh_names(root)
+    drop_compiled()
+
+
+def check_name(name: str) -> None:
+    """Raise AdapterNameError if `name` cannot name an adapter."""
+    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name or name != name.strip():
+        raise AdapterNameError(
+            f"{name!r} cannot name an adapter: it must be a string that is not empty and has no dot or slash in it, nor "
+            "blanks around it, since it becomes a part of parameter names and a folder's name."
+        )
+    if hasattr(nn.CellDict, name) or hasattr(nn.CellDict(), name):
+        raise AdapterNameError(f"{name!r} cannot name an adapter: MindSpore's Cells have an attribute of that name.")
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Cell,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict | None = None,
+) -> nn.Cell:
+    """Put an adapter into `model` itself, active and trainable, with no `PeftModel` around it.
+
+    Args:
+        peft_config: what to build.
+        model: changed in place.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: not built yet.
+        state_dict: not built yet.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        AdapterNameError: the name is taken, or cannot be one. For other errors see `prepare`.
+    """
+    if low_cpu_mem_usage or state_dict is not None:
+        raise NotImplementedError("low_cpu_mem_usage and state_dict of inject_adapter_in_model are not built yet")
+    if adapter_name in configs_of(model):
+        raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
+    attach(model, prepare(model, peft_config, adapter_name))
+    activate(model, [adapter_name], trainable=not peft_config.inference_mode)
+    settle(model)
+    return model
+
+
+def _outer_cells(model: nn.Cell) -> dict[str, nn.Cell]:
+    """Every cell that a target can name, by path: those inside wrappers are the wrappers' own affair."""
+    inside = tuple(path + "." for path, _ in wrappers(model))
+    return {path: cell for path, cell in model.cells_and_names() if path and not path.startswith(inside)}
+
+
+def _sites(method: Method, cells: dict[str, nn.Cell], paths: list[str]) -> dict[str, Site]:
+    found = {}
+    for path in paths:
+        cell = cells[path]
+        site = cell.site if isinstance(cell, TunerLayer) else describe(cell, path)
+        if site is None or site.kind not in method.patches:
+            raise ConfigError(
+                f"Target module {path} ({type(cell).__name__}) is not supported. Currently, only the following kinds of "
+                f"layers are supported by {method.name}: {sorted(method.patches)}. Name such layers, or 'all-linear'."
+            )
+        found[path] = site
+    return found
+
+
+def _settle_fan_in_fan_out(config: TargetedConfig, sites: Iterable[Site]) -> None:
+    """The layers know how they store their weights: a config that says otherwise is corrected, with a warning."""
+    stored = {site.transposed for site in sites if site.kind == "dense"}
+    said = getattr(config, "fan_in_fan_out", None)
+    if said is None or len(stored) != 1 or said in stored:
+        return
+    kind = "torch.nn.Linear" if said else "Conv1D"
+    warnings.warn(
+        f"fan_in_fan_out is set to {said} but the target module is `{kind}`. Setting fan_in_fan_out to {not said}.",
+        PeftWarning,
+        stacklevel=4,
+    )
+    config.fan_in_fan_out = not said  # type: ignore[attr-defined]
+
+
+def _check_bias(model: nn.Cell, config: TargetedConfig, name: str) -> None:
+    """Biases are trained in place, so two adapters cannot both have their own."""
+    biases = [getattr(other, "bias", "none") for key, other in configs_of(model).items() if key != name]
+    mine = getattr(config, "bias", "none")
+    if biases and mine != "none" or any(bias != "none" for bias in biases):
+        raise ConfigError(
+            f"Only 1 adapter with bias is supported, got bias={mine!r} for {name!r} beside {biases}. "
+            "When using multiple adapters, set bias to 'none' for all adapters."
+        )
+
+
+def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[str, nn.Cell]:
+    """The layers to be trained whole, by path.
+
+    Raises:
+        NoMatchingPeftModuleError: a name matches nothing, unless it is one of the usual heads.
+    """
+    found: dict[str, nn.Cell] = {}
+    for name in config.modules_to_save or []:
+        hits = {path: cell for path, cell in cells.items() if matches_name(path, [name])}
+        if not hits and name not in OPTIONAL_HEADS:
+            raise NoMatchingPeftModuleError(
+                f"modules_to_save={config.modules_to_save!r}: {name!r} matches none of the base model's {len(cells)} "
+                "modules. Please check the name; it must be a module's whole path or the end of one from a dot on."
+            )
+        found |= hits
+    originals = {path: cell.base() if isinstance(cell, Wrapper) else cell for path, cell in found.items()}
+    return {path: cell for path, cell in originals.items() if not _lies_inside(path, originals)}
+
+
+def _lies_inside(path: str, others: Iterable[str]) -> bool:
+    return any(path.startswith(other + ".") for other in others)
+
+
+def _train_dtype(cell: nn.Cell, autocast: bool) -> object | None:
+    halves = any(p.dtype in HALF_DTYPES for p in cell.get_parameters())
+    return float32 if autocast and halves else None
+
+
+def _held_ids(model: nn.Cell) -> set[int]:
+    """Identities of all parameters that belong to adapters, not to the base model."""
+    return {id(p) for _, w in wrappers(model) for cell in w.held().values() for p in cell.get_parameters()}
+
+
+def _biases_of(model: nn.Cell, name: str) -> list[Parameter]:
+    """The biases that the adapter trains in place."""
+    return [named.parameter for named in adapter_in(model, name).biases(model).values()]

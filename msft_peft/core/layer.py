@@ -1,0 +1,328 @@
+"""The two wrappers that stand in a model's tree in place of a layer, and all the bookkeeping for what they hold."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from msft_peft.backend.arrays import HALF_DTYPES, clone_cell, to_numpy, write
+from msft_peft.backend.ops import add_bias
+from msft_peft.core.patch import Patch
+from msft_peft.errors import MergeError
+from msft_peft.hosts import Site
+
+
+class View(nn.Cell):
+    """`layer.lora_A` as HF's scripts know it: adapter name -> weight, over parameters that belong to the Patches.
+
+    It stands in the tree before them, so that a parameter's path, and with it its name, is HF's:
+    `q_proj.lora_A.default.weight`.
+    """
+
+    def put(self, name: str, rest: str, parameter: Parameter) -> None:
+        if not rest:
+            self._params[name] = parameter
+            return
+        holder = nn.Cell()
+        holder._params[rest] = parameter
+        self._cells[name] = holder
+
+    def drop(self, name: str) -> None:
+        self._cells.pop(name, None)
+        self._params.pop(name, None)
+
+    def keys(self) -> list[str]:
+        return [*self._cells, *self._params]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._cells[name] if name in self._cells else self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._cells or name in self._params
+
+    def __len__(self) -> int:
+        return len(self._cells) + len(self._params)
+
+
+class Wrapper(nn.Cell):
+    """Stands for a layer of the base model, and holds what each adapter has there.
+
+    Attributes:
+        active: the adapters in use, those that are not here left out.
+        enabled: False while all adapters are switched off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+
+    def base(self) -> nn.Cell:
+        """The layer that stood here before."""
+        raise NotImplementedError
+
+    def held(self) -> Mapping[str, nn.Cell]:
+        """What the adapters have here: name -> Cell."""
+        raise NotImplementedError
+
+    def discard(self, name: str) -> None:
+        """Take one adapter out; without effect if it has nothing here."""
+        raise NotImplementedError
+
+    def activate(self, names: Iterable[str]) -> None:
+        self.active = tuple(name for name in names if name in self.held())
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
+        for name in names:
+            for p in self.held()[name].get_parameters() if name in self.held() else ():
+                p.requires_grad = requires_grad
+
+
+class TunerLayer(Wrapper):
+    """A base layer and the Patches on it: y = activation(after(x, base(before(x)))) over the active adapters.
+
+    Several active adapters act in turn, each on the output of the one before. The output has the base layer's dtype.
+    `layer.lora_A["default"].weight`, `layer.scaling["default"]` and the like are views on the Patches.
+
+    Attributes:
+        base_layer: the layer that stood here.
+        adapters: adapter name -> Patch.
+        site: what and where it is.
+    """
+
+    def __init__(self, base: nn.Cell, site: Site) -> None:
+        super().__init__()
+        self.base_layer, self.site, self.op = base, site, site.op
+        self.activation = site.activation
+        self.adapters = nn.CellDict()
+        self.backups: dict[str, np.ndarray | None] = {}
+        self.adapting = False
+        self.set_train(base.training)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.adapting:
+            return self.base_layer(x)
+        for name in self.active:
+            x = self.adapters[name].before(x)
+        y = self._linear(x)
+        dtype = y.dtype
+        for name in self.active:
+            y = self.adapters[name].after(x, y)
+        if y.dtype != dtype:
+            y = ops.cast(y, dtype)
+        return y if self.activation is None else self.activation(y)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """The base layer without the activation that a `nn.Dense` may have fused: deltas go in before that."""
+        if self.activation is None:
+            return self.base_layer(x)
+        return add_bias(self.op(x, self.base_layer.weight), self.base_layer.bias)
+
+    # --- what is here -------------------------------------------------------------------------------------------
+
+    def base(self) -> nn.Cell:
+        return self.base_layer
+
+    def held(self) -> Mapping[str, nn.Cell]:
+        return self.adapters._cells
+
+    def add(self, name: str, patch: Patch) -> None:
+        """Put an adapter here, inactive; one of the same name is replaced."""
+        self.discard(name)
+        self.adapters[name] = patch.set_train(self.training)
+        for attribute, key in patch.keys.items():
+            if attribute not in self._cells:
+                self._cells[attribute] = View()
+            self._cells[attribute].put(name, key.partition(".")[2], getattr(patch, attribute))
+        self._cells.move_to_end("adapters")
+
+    def discard(self, name: str) -> None:
+        if name not in self.adapters._cells:
+            return
+        for attribute in self.adapters._cells.pop(name).keys:
+            self._cells[attribute].drop(name)
+            if not len(self._cells[attribute]):
+                del self._cells[attribute]
+        self.activate(n for n in self.active if n != name)
+
+    # --- switches -----------------------------------------------------------------------------------------------
+
+    def activate(self, names: Iterable[str]) -> None:
+        super().activate(names)
+        self._switch()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._switch()
+
+    def _switch(self) -> None:
+        # One plain attribute, since it is what compiled code reads.
+        self.adapting = bool(self.enabled and self.active and not self.backups)
+
+    # --- merging ------------------------------------------------------------------------------------------------
+
+    def merged_weight(self, names: Iterable[str]) -> Tensor:
+        """The base weight with these adapters folded in, in the layer's own storage and dtype; nothing is written."""
+        w = self.site.weight(self.base_layer)
+        full = ops.cast(w, ms.float32) if w.dtype in HALF_DTYPES else w
+        full = self.site.from_storage(full)
+        for name in names:
+            full = self.adapters[name].merged(full)
+        return ops.cast(self.site.to_storage(full, tuple(w.shape)), w.dtype)
+
+    def merge(self, names: Iterable[str]) -> None:
+        """Fold adapters into the base weight, in place.
+
+        Cost: one weight-sized temporary in float32. A copy of the weight is kept on the host until `unmerge` where
+        subtracting the deltas would not give its very bits back: in half precision, and for methods that do more
+        than add.
+        """
+        w = self.site.weight(self.base_layer)
+        for name in names:
+            exact = w.dtype not in HALF_DTYPES and type(self.adapters[name]).merged is Patch.merged
+            backup = None if exact else to_numpy(w).copy()
+            write(w, self.merged_weight([name]))
+            self.backups[name] = backup
+        self._switch()
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again."""
+        w = self.site.weight(self.base_layer)
+        for name in reversed(list(self.backups)):
+            backup = self.backups.pop(name)
+            if backup is None:
+                delta = self.site.to_storage(self.adapters[name].delta_weight(), tuple(w.shape))
+                write(w, ops.sub(w, ops.cast(delta, w.dtype)))
+            else:
+                write(w, backup)
+        self._switch()
+
+    def check_merge(self, names: Iterable[str], finite: bool) -> None:
+        """Raise MergeError if one of these cannot be merged or, with `finite`, would write a NaN or an infinity."""
+        for name in names:
+            self.adapters[name].check_mergeable()
+            if finite and not np.isfinite(to_numpy(ops.cast(self.merged_weight([name]), ms.float32))).all():
+                raise MergeError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: at {self.site.path}."
+                )
+
+    # --- HF's names for the same things -------------------------------------------------------------------------
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self.backups)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.backups)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.enabled
+
+    @property
+    def weight(self) -> Parameter:
+        return self.site.weight(self.base_layer)
+
+    @property
+    def bias(self) -> Parameter | None:
+        return getattr(self.base_layer, "bias", None)
+
+    def get_base_layer(self) -> nn.Cell:
+        return self.base_layer
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an additive adapter adds to the base weight, as the layer stores it."""
+        return self.site.to_storage(self.adapters[adapter].delta_weight(), tuple(self.weight.shape))
+
+    def __getattr__(self, name: str) -> Any:
+        """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            adapters = self.__dict__.get("_cells", {}).get("adapters")
+            patches = adapters._cells if adapters is not None else {}
+            if patches and all(name in patch.__dict__ or name in patch._cells for patch in patches.values()):
+                return {key: getattr(patch, name) for key, patch in patches.items()}
+            raise
+
+
+class ModulesToSaveWrapper(Wrapper):
+    """A layer that adapters train whole: each has a copy of its own, and the original stays as it was.
+
+    Attributes:
+        original_module: the layer that stood here.
+        modules_to_save: adapter name -> its copy.
+    """
+
+    def __init__(self, original: nn.Cell) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.CellDict()
+        self.set_train(original.training)
+
+    def construct(self, *args: Any, **kwargs: Any) -> Any:
+        if self.enabled and self.active:
+            return self.modules_to_save[self.active[0]](*args, **kwargs)
+        return self.original_module(*args, **kwargs)
+
+    def base(self) -> nn.Cell:
+        return self.original_module
+
+    def held(self) -> Mapping[str, nn.Cell]:
+        return self.modules_to_save._cells
+
+    def add(self, name: str, module: nn.Cell) -> None:
+        """Put an adapter's copy here, inactive; one of the same name is replaced."""
+        # Past CellDict's own check, which refuses containers: a head may well be a SequentialCell.
+        self.modules_to_save._cells[name] = module.set_train(self.training)
+
+    def discard(self, name: str) -> None:
+        self.modules_to_save._cells.pop(name, None)
+        self.activate(n for n in self.active if n != name)
+
+    @property
+    def weight(self) -> Parameter:
+        return self.current().weight
+
+    @property
+    def bias(self) -> Parameter | None:
+        return self.current().bias
+
+    def current(self) -> nn.Cell:
+        """The copy in use, or the original."""
+        return self.held()[self.active[0]] if self.enabled and self.active else self.original_module
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else is asked of the copy in use, so that code which reads the layer's attributes goes on working."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self.__dict__.get("_cells", {}):
+                raise
+            return getattr(self.current(), name)
+
+
+def copy_of(module: nn.Cell, dtype: Any) -> nn.Cell:
+    """A trainable copy of a layer, its parameters in `dtype` where one is given."""
+    twin = clone_cell(module, dtype)
+    for p in twin.get_parameters():
+        p.requires_grad = True
+    return twin
+
+
+def wrappers(root: nn.Cell) -> list[tuple[str, Wrapper]]:
+    """Every wrapper below `root` with its path, in network order."""
+    return [(path, cell) for path, cell in root.cells_and_names() if isinstance(cell, Wrapper)]

@@ -1,0 +1,276 @@
+"""Tuner: the base model with its adapters, and every switch over them. HF's `LoraModel` and its forty siblings."""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mindspore import nn
+from tqdm import tqdm
+
+from msft_peft.backend.graphs import drop_compiled
+from msft_peft.backend.tree import replace_child
+from msft_peft.config import PeftConfig
+from msft_peft.core import inject
+from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
+from msft_peft.errors import AdapterNameError, MergeError, PeftWarning
+from msft_peft.registry import method_of
+
+
+class Tuner(nn.Cell):
+    """The base model, changed in place, and the switches over all adapters in it.
+
+    Every switch is seen by compiled code too: it ends by dropping the process's compiled graphs, so that the next call
+    of the model, of a `ms.jit` step around it or of `Model.train` compiles anew.
+
+    Attributes:
+        model: the base model.
+    """
+
+    def __init__(self, model: nn.Cell) -> None:
+        super().__init__()
+        self.model = model
+        self.current: tuple[str, ...] = ()
+        self.set_train(model.training)
+
+    def construct(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not the tuner's own is the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_cells", {}).get("model")
+            if model is None:
+                raise
+            return getattr(model, name)
+
+    # --- which adapters there are -------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The adapters' configs by name."""
+        return inject.configs_of(self.model)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters in use (or that would be, were they not disabled)."""
+        return [name for name in self.current if name in self.peft_config]
+
+    def layers(self) -> list[TunerLayer]:
+        """Every adapted layer, in network order."""
+        return [wrapper for _, wrapper in wrappers(self.model) if isinstance(wrapper, TunerLayer)]
+
+    def require(self, names: str | Iterable[str]) -> list[str]:
+        """The names as a list.
+
+        Raises:
+            AdapterNameError: one of them is not there.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        missing = [name for name in names if name not in self.peft_config]
+        if missing:
+            raise AdapterNameError(f"Adapter {', '.join(missing)} not found. There are {sorted(self.peft_config)}.")
+        return names
+
+    # --- switches -----------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several together, the active ones.
+
+        Args:
+            adapter_name: a name or a list of names. Several act in the order given, each on the layer's output so far.
+            inference_mode: leave them frozen. Otherwise they are trainable and all others frozen.
+
+        Raises:
+            AdapterNameError: a name is not there.
+            MergeError: two of them train the same layer whole (`modules_to_save`).
+        """
+        names = self.require(adapter_name)
+        self._check_one_copy(names)
+        if any(layer.merged for layer in self.layers()):
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2
+            )
+            self.unmerge_adapter()
+        inject.activate(self.model, names, trainable=not inference_mode)
+        self.current = tuple(names)
+        drop_compiled()
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters, active or not. Build the optimizer and the gradient function afterwards."""
+        names = self.require(adapter_names)
+        for _, wrapper in wrappers(self.model):
+            wrapper.set_requires_grad(names, requires_grad)
+        drop_compiled()
+
+    def enable_adapter_layers(self) -> None:
+        """Switch all adapters on again."""
+        self._set_enabled(dict.fromkeys(self._paths(), True))
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: the model acts as its base, apart from biases that were trained in place.
+
+        Differs: HF also changes `requires_grad`, and leaves a frozen adapter trainable when it is enabled again.
+        """
+        self._warn_of_biases()
+        if any(layer.merged for layer in self.layers()):
+            self.unmerge_adapter()
+        self._set_enabled(dict.fromkeys(self._paths(), False))
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """All adapters off inside the block; each layer's own state is restored after it, also after an exception."""
+        before = {path: wrapper.enabled for path, wrapper in wrappers(self.model)}
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._set_enabled(before)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its weights. If it was active alone, the first of the others becomes active.
+
+        Raises:
+            AdapterNameError: it is not there ("Adapter x does not exist").
+            MergeError: it is merged into the base weights.
+        """
+        if adapter_name not in self.peft_config:
+            raise AdapterNameError(f"Adapter {adapter_name} does not exist. There are {sorted(self.peft_config)}.")
+        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+            raise MergeError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
+        for p in inject.adapter_in(self.model, adapter_name).biases(self.model).values():
+            p.parameter.requires_grad = False
+        was_active = adapter_name in self.current
+        inject.discard(self.model, adapter_name)
+        self.current = tuple(name for name in self.current if name != adapter_name)
+        if was_active and not self.current and self.peft_config:
+            heir = min(self.peft_config)
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {heir}.",
+                PeftWarning,
+                stacklevel=2,
+            )
+            self.set_adapter(heir, inference_mode=self.peft_config[heir].inference_mode)
+        drop_compiled()
+
+    # --- merging ------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights in place; `unmerge_adapter` undoes it. They stay, for later.
+
+        Args:
+            adapter_names: which; the active ones by default. Those that are merged already are passed over.
+            safe_merge: compute first, and refuse with nothing written if a NaN or an infinity would be.
+
+        Raises:
+            AdapterNameError: a name is not there.
+            MergeError: the method or a layer cannot merge, or `safe_merge` met a non-finite number.
+        """
+        names = self.active_adapters if adapter_names is None else self.require(adapter_names)
+        plan = [(layer, self._to_merge(layer, names)) for layer in self.layers()]
+        already = sorted({name for layer, _ in plan for name in layer.merged_adapters})
+        if already and not any(new for _, new in plan):
+            warnings.warn("All adapters are already merged, nothing to do.", PeftWarning, stacklevel=2)
+            return
+        if already:
+            fresh = sorted({name for _, new in plan for name in new})
+            warnings.warn(
+                f"Already following adapters were merged {','.join(already)}. You are now additionally merging "
+                f"{','.join(fresh)}.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        self._check_merge(plan, safe_merge)
+        for layer, new in plan:
+            layer.merge(new)
+        drop_compiled()
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out of the base weights again: to the bit, or within one rounding in float32."""
+        merged = [layer for layer in self.layers() if layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
+        for layer in merged:
+            layer.unmerge()
+        drop_compiled()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Cell:
+        """Fold adapters into the base weights for good, and return the base model with its own layers.
+
+        Layers that the active adapter trained whole are replaced by its copies.
+
+        Args:
+            progressbar: show one.
+            safe_merge, adapter_names: see `merge_adapter`.
+
+        Raises: as `merge_adapter`.
+        """
+        names = self.active_adapters if adapter_names is None else self.require(adapter_names)
+        plan = [(layer, self._to_merge(layer, names)) for layer in self.layers()]
+        self._check_merge(plan, safe_merge)
+        for layer, new in tqdm(plan, desc="Merging", disable=not progressbar):
+            layer.merge(new)
+            # What is merged for good needs no way back.
+            layer.backups.clear()
+        for path, wrapper in wrappers(self.model):
+            copies = [name for name in names if name in wrapper.held()]
+            if isinstance(wrapper, ModulesToSaveWrapper) and copies:
+                replace_child(self.model, path, wrapper.held()[copies[0]])
+        inject.detach_all(self.model)
+        return self.model
+
+    def unload(self) -> nn.Cell:
+        """Take all adapters out and return the base model with its own layers, as it was.
+
+        Differs: HF leaves the trained copies of `modules_to_save` in the model.
+        """
+        for layer in self.layers():
+            if layer.merged:
+                layer.unmerge()
+        inject.detach_all(self.model)
+        return self.model
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _paths(self) -> list[str]:
+        return [path for path, _ in wrappers(self.model)]
+
+    def _set_enabled(self, states: Mapping[str, bool]) -> None:
+        for path, wrapper in wrappers(self.model):
+            wrapper.enable_adapters(states.get(path, wrapper.enabled))
+        drop_compiled()
+
+    def _check_one_copy(self, names: list[str]) -> None:
+        for path, wrapper in wrappers(self.model):
+            both = [name for name in names if name in wrapper.held()]
+            if isinstance(wrapper, ModulesToSaveWrapper) and len(both) > 1:
+                raise MergeError(f"Adapters {both} cannot be active together: each trains its own copy of {path}.")
+
+    @staticmethod
+    def _to_merge(layer: TunerLayer, names: list[str]) -> list[str]:
+        return [name for name in names if name in layer.held() and name not in layer.merged_adapters]
+
+    def _check_merge(self, plan: list[tuple[TunerLayer, list[str]]], finite: bool) -> None:
+        for name in {name for _, new in plan for name in new}:
+            method = method_of(self.peft_config[name])
+            if not method.merges:
+                raise MergeError(f"{method.name} adapters cannot be merged into the base weights: {name!r} is one.")
+        for layer, new in plan:
+            layer.check_merge(new, finite)
+
+    def _warn_of_biases(self) -> None:
+        for config in self.peft_config.values():
+            bias = getattr(config, "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    "output as the base model would without adaption.",
+                    PeftWarning,
+                    stacklevel=4,
+                )

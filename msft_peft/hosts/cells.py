@@ -1,0 +1,128 @@
+"""Plain Cells: which layers can be tuned, and how each of them holds and applies its weight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mindspore import Parameter, Tensor, mint, nn, ops
+
+from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
+
+LINEAR = "dense"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model that can be tuned.
+
+    Attributes:
+        path: dotted path below the model's root.
+        kind: "dense", "embedding", "conv1d", "conv2d" or "conv3d".
+        in_features, out_features: channels; for an embedding, the vocabulary and the dimension.
+        shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...).
+        dtype: the weight's dtype.
+        op: applies a weight of that layout as the layer applies its own, see `backend.ops`.
+        weight_name: the attribute that holds the weight.
+        transposed: the layer stores (in, out) (GPT-2's `Conv1D`).
+        groups: of a convolution.
+        activation: what a `nn.Dense` applies after its bias; a delta must go in before it.
+    """
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+    shape: tuple[int, ...]
+    dtype: Any
+    op: nn.Cell
+    weight_name: str = "weight"
+    transposed: bool = False
+    groups: int = 1
+    activation: nn.Cell | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    def weight(self, base: nn.Cell) -> Parameter:
+        """The layer's own weight, as stored."""
+        return getattr(base, self.weight_name)
+
+    def from_storage(self, w: Tensor) -> Tensor:
+        """A weight as the layer stores it -> torch's layout."""
+        return ops.transpose(w, (1, 0)) if self.transposed else ops.reshape(w, self.shape)
+
+    def to_storage(self, w: Tensor, stored_shape: tuple[int, ...]) -> Tensor:
+        """Torch's layout -> as the layer stores it."""
+        return ops.transpose(w, (1, 0)) if self.transposed else ops.reshape(w, stored_shape)
+
+
+def _dense(cell: nn.Cell, path: str) -> Site:
+    weight = cell.weight
+    activation = cell.activation if getattr(cell, "activation_flag", False) else None
+    return Site(
+        path, LINEAR, weight.shape[1], weight.shape[0], tuple(weight.shape), weight.dtype, DenseOp(), activation=activation
+    )
+
+
+def _transposed_dense(cell: nn.Cell, path: str) -> Site:
+    rows, columns = cell.weight.shape
+    return Site(path, LINEAR, rows, columns, (columns, rows), cell.weight.dtype, DenseOp(), transposed=True)
+
+
+def _embedding(cell: nn.Cell, path: str) -> Site:
+    name = "embedding_table" if isinstance(cell, nn.Embedding) else "weight"
+    table = getattr(cell, name)
+    vocabulary, dim = table.shape
+    return Site(path, "embedding", vocabulary, dim, (vocabulary, dim), table.dtype, EmbeddingOp(), weight_name=name)
+
+
+def _per_side(padding: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """MindSpore's padding as (before, after) of each dimension."""
+    if isinstance(padding, int):
+        return (padding,) * (2 * dims)
+    return tuple(padding) if len(padding) == 2 * dims else tuple(n for n in padding for _ in range(2))
+
+
+def _conv(cell: nn.Cell, path: str) -> Site:
+    dims = 1 if isinstance(cell, nn.Conv1d) else 3 if isinstance(cell, nn.Conv3d) else 2
+    stored = tuple(cell.weight.shape)
+    shape = stored[:2] + stored[-dims:]
+    # nn.Conv1d keeps two-dimensional settings whose last entries are its own.
+    padding = _per_side(cell.padding, 2 if dims == 1 else dims)[-2 * dims :]
+    op = ConvOp(dims, cell.in_channels, cell.stride[-dims:], cell.dilation[-dims:], cell.pad_mode, padding)
+    return Site(
+        path, f"conv{dims}d", cell.in_channels, cell.out_channels, shape, cell.weight.dtype, op, groups=cell.group
+    )
+
+
+_LAYERS = (
+    ((nn.Dense, mint.nn.Linear), _dense),
+    ((nn.Embedding, mint.nn.Embedding), _embedding),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+)
+
+
+def describe(cell: nn.Cell, path: str) -> Site | None:
+    """The Site that `cell` is, or None if it is no layer that can be tuned."""
+    for classes, build in _LAYERS:
+        if isinstance(cell, classes):
+            return build(cell, path)
+    # GPT-2's Conv1D exists in several libraries, none of which we import: known by its name and its two sizes.
+    if type(cell).__name__ == "Conv1D" and hasattr(cell, "nf") and len(cell.weight.shape) == 2:
+        return _transposed_dense(cell, path)
+    return None
+
+
+def model_config(model: nn.Cell) -> dict[str, Any]:
+    """The model's own config as a dict; `{"model_type": "custom"}` where it has none."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return dict(config) if isinstance(config, Mapping) else {"model_type": "custom"}
+
+
+def output_head(model: nn.Cell) -> nn.Cell | None:
+    """The layer that turns hidden states into logits, if the model names it (`get_output_embeddings`)."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None

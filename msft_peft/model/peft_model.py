@@ -1,0 +1,358 @@
+"""PeftModel: what a user holds. HF's names over a Tuner, and the files."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mindspore import nn
+
+from msft_peft.backend.tree import named_parameters
+from msft_peft.config import PeftConfig, TaskType
+from msft_peft.core import inject
+from msft_peft.core.tuner import Tuner
+from msft_peft.errors import AdapterNameError, ConfigError
+from msft_peft.hosts import model_config
+from msft_peft.io.adapter import match_tensors, read_tensors, save_tensors
+from msft_peft.io.card import write_card
+
+# Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
+ROOT_ADAPTER = "default"
+
+
+class PeftModel(nn.Cell):
+    """A base model with adapters in it: call, train, save and load it like the base model.
+
+    The base model is changed in place: its targeted layers are wrapped, its own parameters frozen and not copied.
+    Parameters are named as in HF peft (`base_model.model...q_proj.lora_A.default.weight`). Methods that are not found
+    here are looked for in `base_model` (the `Tuner`: `merge_adapter`, `unmerge_adapter`, `merge_and_unload`, `unload`,
+    `set_requires_grad`), then in the base model.
+
+    Args:
+        model: the base model.
+        peft_config: what to put in.
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype: keep adapter weights in float32 where the base is in half precision.
+        low_cpu_mem_usage: not built yet.
+
+    Raises:
+        ConfigError, NoMatchingPeftModuleError, AdapterNameError, NotImplementedError: see `core.inject.prepare`; the
+            model is then as it was.
+    """
+
+    # What a task class says of itself: the task, and the heads that its models have, which are trained whole.
+    task: ClassVar[TaskType | None] = None
+    heads: ClassVar[tuple[str, ...]] = ()
+    pipeline_tag: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
+        adapter = self._prepare(model, peft_config, adapter_name, autocast_adapter_dtype)
+        self._install(model, adapter)
+
+    @classmethod
+    def for_task(cls, config: PeftConfig) -> type["PeftModel"]:
+        """The subclass whose task is the config's; this class itself where there is none."""
+        fitting = (sub for sub in cls.__subclasses__() if sub.task is not None and sub.task == config.task_type)
+        return next(fitting, cls)
+
+    def _prepare(self, model: nn.Cell, config: PeftConfig, name: str, autocast: bool) -> inject.Adapter:
+        """The adapter, still outside the model, with the heads of this task among what it trains whole."""
+        if isinstance(config, PeftConfig) and self.heads and hasattr(config, "modules_to_save"):
+            config = copy.deepcopy(config)
+            config.modules_to_save = sorted({*(config.modules_to_save or []), *self.heads})
+        return inject.prepare(model, config, name, autocast)
+
+    def _install(self, model: nn.Cell, adapter: inject.Adapter) -> None:
+        inject.attach(model, adapter)
+        self.base_model = Tuner(model)
+        self.base_model.current = (adapter.name,)
+        inject.activate(model, [adapter.name], trainable=not adapter.config.inference_mode)
+        self.set_train(model.training)
+        inject.settle(self)
+
+    def construct(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters in effect."""
+        return self.get_base_model().generate(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            tuner = self.__dict__.get("_cells", {}).get("base_model")
+            if tuner is None:
+                raise
+            return getattr(tuner, name)
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The adapters' configs by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters in use."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The first adapter in use; None if there is none."""
+        return next(iter(self.active_adapters), None)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of `active_adapter`."""
+        return self.peft_config[self.base_model.require(self.active_adapters)[0]]
+
+    def get_base_model(self) -> nn.Cell:
+        """The base model, adapted layers still in it."""
+        return self.base_model.model
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a fresh adapter, inactive and frozen; `set_adapter` puts it to use.
+
+        Raises:
+            AdapterNameError: the name is taken, or cannot be one.
+            ConfigError: another method than that of the adapters in the model; for others see `core.inject.prepare`.
+        """
+        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
+        self._check_new(adapter_name, peft_config)
+        inject.attach(
+            self.get_base_model(),
+            self._prepare(self.get_base_model(), peft_config, adapter_name, autocast_adapter_dtype),
+        )
+        inject.settle(self)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make one adapter the active one, trainable unless `inference_mode`; all others are frozen.
+
+        Raises:
+            AdapterNameError: it is not there.
+            TypeError: a list; several at once are switched on by `model.base_model.set_adapter([...])`, as in HF.
+        """
+        if not isinstance(adapter_name, str):
+            raise TypeError(
+                f"PeftModel.set_adapter takes one name, got {adapter_name!r}. For several adapters at once call "
+                "model.base_model.set_adapter([...])."
+            )
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `Tuner.delete_adapter`."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """All adapters off inside a `with` block: the outputs are the base model's. Compiled code is dropped twice."""
+        with self.base_model.disabled():
+            yield
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, counted in numbers."""
+        sizes = [(p.size, p.requires_grad) for p in self.get_parameters()]
+        return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print HF's line: `trainable params: 160 || all params: 668 || trainable%: 23.9521`."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write the adapters: weights in both formats, config and model card; trainable weights alone.
+
+        The adapter "default" goes into the directory itself, others into a folder of their name below it. Files are
+        replaced whole or not at all, and the same adapter gives the same bytes.
+
+        Args:
+            save_directory: made if it is not there.
+            safe_serialization: must be True: torch's pickles are not written.
+            selected_adapters: which; all by default.
+            is_main_process: False writes nothing (the other workers of a distributed run).
+
+        Raises:
+            AdapterNameError: a selected adapter is not there.
+            NotADirectoryError: the path is a file.
+        """
+        if not safe_serialization:
+            raise NotImplementedError("safe_serialization=False (torch pickles) is not written; leave it at True")
+        names = sorted(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise AdapterNameError(
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{sorted(self.peft_config)} - got {names}."
+            )
+        if Path(save_directory).is_file():
+            raise NotADirectoryError(f"Provided path ({save_directory}) should be a directory, not a file")
+        if not is_main_process:
+            return
+        base = self.get_base_model()
+        sizes = []
+        for name in names:
+            adapter = inject.adapter_in(base, name)
+            directory = Path(save_directory) / ("" if name == ROOT_ADAPTER else name)
+            entries = adapter.entries(base)
+            save_tensors(directory, name, entries)
+            self._config_to_save(adapter.config).save_pretrained(directory)
+            sizes.append(sum(named.parameter.size for named in entries.values()))
+        method = str(self.peft_config[names[0]].peft_type) if names else "PEFT"
+        tags = ["transformers"] if "_name_or_path" in model_config(base) else []
+        write_card(Path(save_directory), self._base_name(), method, sum(sizes), tags, self.pipeline_tag)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Cell,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        **hub: Any,
+    ) -> "PeftModel":
+        """A base model with an adapter from a directory or Hub repository.
+
+        Everything in the files is checked before the model is touched: after an error it is as it was.
+
+        Args:
+            model: the base model, changed in place.
+            model_id: a directory, or a repository id.
+            adapter_name: the adapter's name here, whatever it was called when it was saved.
+            is_trainable: go on training it; otherwise it is frozen and the model set to evaluation.
+            config: used instead of the file's.
+            autocast_adapter_dtype: see `PeftModel`.
+            low_cpu_mem_usage: not built yet.
+            strict: a missing or unexpected tensor is an error; otherwise a warning.
+            ignore_mismatched_sizes: warn of tensors of other shapes and leave them fresh; otherwise an error.
+            hub: `subfolder`, and `revision`, `token`, `cache_dir`, ... for `huggingface_hub`.
+
+        Raises:
+            ConfigError: no config file, or a broken one.
+            FileNotFoundError: no weights file.
+            LoadError: broken weights, or ones that do not fit; all of them are listed.
+            NoMatchingPeftModuleError: the model lacks the layers that the adapter is for.
+
+        Differs: HF warns of missing tensors, is silent about unexpected ones, and returns a model all the same.
+        """
+        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
+        config = _config_for(model_id, config, is_trainable, hub)
+        cls = cls.for_task(config)
+        self = cls.__new__(cls)
+        nn.Cell.__init__(self)
+        adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype)
+        match = match_tensors(read_tensors(model_id, **hub), adapter, model)
+        match.check(strict, ignore_mismatched_sizes)
+        match.apply()
+        self._install(model, adapter)
+        self.set_train(is_trainable)
+        return self
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Add an adapter from files, inactive; or, if the name is taken, overwrite that adapter's weights.
+
+        Args and errors: as `from_pretrained`; a config of another method is a ConfigError.
+
+        Differs: HF returns the keys that did not fit; here they are an error, or with strict=False a warning.
+        """
+        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
+        config = _config_for(model_id, None, is_trainable, hub)
+        base = self.get_base_model()
+        is_new = adapter_name not in self.peft_config
+        if is_new:
+            self._check_new(adapter_name, config)
+            adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype)
+        else:
+            adapter = inject.adapter_in(base, adapter_name)
+        match = match_tensors(read_tensors(model_id, **hub), adapter, base)
+        match.check(strict, ignore_mismatched_sizes)
+        match.apply()
+        if is_new:
+            inject.attach(base, adapter)
+        self.base_model.set_requires_grad(adapter_name, is_trainable)
+        inject.settle(self)
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _check_new(self, name: str, config: PeftConfig) -> None:
+        if name in self.peft_config:
+            raise AdapterNameError(f"Adapter with name '{name}' already exists.")
+        here = {str(other.peft_type) for other in self.peft_config.values()}
+        if here and getattr(config, "peft_type", None) not in here:
+            raise ConfigError(
+                f"Cannot combine adapters with different peft types. Found {here.pop()} and "
+                f"{getattr(config, 'peft_type', type(config))}."
+            )
+
+    def _base_name(self) -> str | None:
+        base = self.get_base_model()
+        settings = model_config(base)
+        return settings.get("_name_or_path") or settings.get("name_or_path") or getattr(base, "name_or_path", None)
+
+    def _config_to_save(self, config: PeftConfig) -> PeftConfig:
+        config = copy.deepcopy(config)
+        config.base_model_name_or_path = config.base_model_name_or_path or self._base_name()
+        if config.task_type is None:
+            kind = type(self.get_base_model())
+            config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        return config
+
+
+def _config_for(
+    model_id: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
+) -> PeftConfig:
+    if config is None:
+        config = PeftConfig.from_pretrained(model_id, **hub)
+    elif not isinstance(config, PeftConfig):
+        raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
+    config = copy.deepcopy(config)
+    config.inference_mode = not is_trainable
+    return config
+
+
+def _refuse_low_cpu_mem_usage(asked: bool) -> None:
+    if asked:
+        raise NotImplementedError("low_cpu_mem_usage=True is not built yet; wrapping copies no base weights without it")

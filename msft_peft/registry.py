@@ -1,0 +1,83 @@
+"""Methods: what each PEFT method is, said once, in its own file, as data."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+from msft_peft.config import PeftConfig
+from msft_peft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A PEFT method. The module-level `METHOD` in the method's own file is its registration; nothing else is.
+
+    Attributes:
+        config: its config class, which names the method (`peft_type`).
+        patches: its Patch class for each kind of layer that it can work on.
+        default_targets: usual target layers by the base model's `model_type`.
+        identity_at_init: a fresh adapter leaves the model's outputs as they are.
+        merges: its weights can be folded into the base weights.
+        mixed: may be active beside another method in one model.
+    """
+
+    config: type[PeftConfig]
+    patches: Mapping[str, type]
+    default_targets: Mapping[str, list[str] | str] = field(default_factory=dict)
+    identity_at_init: bool = True
+    merges: bool = True
+    mixed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The method's `peft_type`, "LORA" for instance."""
+        return str(self.config.peft_type)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def discover(package: ModuleType) -> None:
+    """Register the METHOD of every module of `package`.
+
+    Raises:
+        ConfigError: two methods have the same name.
+    """
+    for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        method = getattr(importlib.import_module(info.name), "METHOD", None)
+        if method is None:
+            continue
+        if METHODS.get(method.name, method) is not method:
+            raise ConfigError(f"two methods are called {method.name}: the second is in {info.name}")
+        METHODS[method.name] = method
+
+
+def method_of(config: PeftConfig) -> Method:
+    """The method that `config` configures.
+
+    Raises:
+        ConfigError: it is no config of a registered method.
+    """
+    if not isinstance(config, PeftConfig):
+        raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
+    if config.peft_type not in METHODS:
+        raise ConfigError(f"peft_type={config.peft_type!r} is not available; available are {sorted(METHODS)}")
+    return METHODS[config.peft_type]
+
+
+def peft_types() -> type[Enum]:
+    """`PeftType`: the names of the registered methods, equal to their strings."""
+    return Enum("PeftType", {name: name for name in sorted(METHODS)}, type=str)  # type: ignore[misc]
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """A config object from a dict that holds a `peft_type`.
+
+    Raises:
+        ConfigError: no or an unknown `peft_type`, or a bad value.
+    """
+    return PeftConfig.from_dict(config_dict)

@@ -1,0 +1,1 @@
+"""The methods that work on layers: one file each."""

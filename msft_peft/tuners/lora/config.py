@@ -1,0 +1,171 @@
+"""LoraConfig: HF peft 0.21.2's 42 fields."""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from msft_peft.config import TargetedConfig
+from msft_peft.errors import ConfigError, PeftWarning
+
+BIASES = ("none", "all", "lora_only")
+INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
+BUILT_INITS = (True, False, "gaussian")
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of one run, never written to a file.
+
+    Args:
+        ephemeral_gpu_offload: HF's; there is nothing to offload to here, so True is refused.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """Low-Rank Adaptation: W' = W + s·B·A with s = lora_alpha / r, or lora_alpha / √r with `use_rslora`.
+
+    Every field of HF peft 0.21.2 is accepted and kept through JSON. One whose effect is not built yet raises
+    NotImplementedError, with its name, when the config is applied to a model.
+
+    Args:
+        r: rank of the update.
+        lora_alpha: numerator of the scaling s.
+        lora_dropout: probability with which inputs of A are zeroed in training; not for embeddings.
+        use_rslora: rank-stabilised scaling lora_alpha / √r.
+        rank_pattern, alpha_pattern: a layer's path, its end or a regex for either -> its own r or lora_alpha.
+        bias: "none", "all" or "lora_only": which biases of the base model are trained, in place.
+        fan_in_fan_out: the layers store (in, out); corrected, with a warning, where the layer says otherwise.
+        init_lora_weights: True (A He-uniform with a = √5, B zero), "gaussian" (A ~ N(0, 1/r), B zero), False (both
+            drawn as True draws A: the adapter changes the output at once), or the name of an initialisation of HF's.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
+
+    The other fields are HF's, for options that are not built yet: megatron_config, megatron_core,
+    trainable_token_indices, loftq_config, eva_config, corda_config, lora_ga_config, use_dora, velora_config,
+    alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, layer_replication, runtime_config,
+    lora_bias, target_parameters, use_bdlora, arrow_config, kasa_config, ensure_weight_tying.
+
+    Raises:
+        ConfigError: a value out of range, an unknown initialisation, or options that exclude each other.
+        NotImplementedError: an unknown `bias` (HF's kind of error).
+
+    Source: Hu et al. 2021, arXiv:2106.09685, §4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    Differs: HF notices a bad `r`, `lora_dropout` or `init_lora_weights` only when a model is wrapped.
+    """
+
+    peft_type: str | None = "LORA"
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {rank}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"`lora_dropout` is a probability in [0, 1), got {self.lora_dropout}")
+        if self.bias not in BIASES:
+            raise NotImplementedError(f"Requested bias: {self.bias}, is not implemented. There are {BIASES}.")
+        self._check_init()
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(f"lora_bias=True needs init_lora_weights=True or False, got {self.init_lora_weights!r}")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("lora_bias=True is not supported for DoRA, please pass use_dora=False")
+        if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
+            warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", PeftWarning, stacklevel=3)
+
+    def _check_init(self) -> None:
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and init not in INITS and not str(init).startswith("pissa_niter_"):
+            raise ConfigError(f"Unknown initialization init_lora_weights={init!r}; there are True, False, {INITS}")
+        if init == "loftq" and not self.loftq_config:
+            raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        for name, wanted in (("loftq_config", "loftq"), ("eva_config", "eva"), ("corda_config", "corda")):
+            if getattr(self, name) and init != wanted:
+                warnings.warn(
+                    f"`{name}` specified but will be ignored when `init_lora_weights` is not '{wanted}'.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        del fields["runtime_config"]
+        return fields
+
+    def require_built(self) -> None:
+        if self.init_lora_weights not in BUILT_INITS:
+            raise NotImplementedError(f"LoraConfig.init_lora_weights={self.init_lora_weights!r} is not built yet")
+        for f in dataclasses.fields(self):
+            if f.name in _NOT_BUILT:
+                default = f.default_factory() if callable(f.default_factory) else f.default  # type: ignore[misc]
+                if getattr(self, f.name) not in (default, None) and f.name not in self._ignored():
+                    raise NotImplementedError(
+                        f"LoraConfig.{f.name}={getattr(self, f.name)!r} is not built yet: leave it at {default!r}"
+                    )
+
+    def _ignored(self) -> set[str]:
+        """Sub-configs of initialisations that are not chosen: HF ignores them, with the warning given above."""
+        owners = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
+        return {name for name, init in owners.items() if self.init_lora_weights != init}
+
+
+_NOT_BUILT = frozenset(
+    {
+        "megatron_config",
+        "trainable_token_indices",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "use_dora",
+        "velora_config",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "monteclora_config",
+        "layer_replication",
+        "runtime_config",
+        "lora_bias",
+        "target_parameters",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+        "ensure_weight_tying",
+    }
+)

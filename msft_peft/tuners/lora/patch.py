@@ -1,0 +1,92 @@
+"""LoRA's mathematics: a low-rank product beside the base layer."""
+
+import math
+
+from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import HeUniform, Initializer, Normal
+
+from msft_peft.core.patch import Patch
+from msft_peft.core.targets import match_pattern
+from msft_peft.errors import ConfigError, MergeError
+from msft_peft.hosts import Site
+from msft_peft.tuners.lora.config import LoraConfig
+
+
+class LoraPatch(Patch):
+    """Low-rank update of a dense or convolution layer: y = y₀ + s·B(A(dropout(x))).
+
+    Weights:
+        lora_A (r, in) or (r, in, kernel...): He-uniform with a = √5.
+        lora_B (out, r) or (out, r / groups, 1...): zeros, so that a fresh adapter is the identity.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, §4.1. A convolution's A has the base layer's geometry, B is 1×1.
+    Differs: a dilated convolution works here; HF builds A without the dilation and fails in the sum.
+    """
+
+    def setup(self, site: Site, config: LoraConfig) -> None:
+        self.hyperparameters(site, config)
+        if self.r % site.groups:
+            raise ConfigError(
+                f"{site.path} is a convolution with groups={site.groups}, of which the rank must be a multiple; "
+                f"it is {self.r}. Choose another r, or give this layer its own in rank_pattern."
+            )
+        kernel = site.shape[2:]
+        shape_a = (self.r, site.in_features, *kernel)
+        shape_b = (site.out_features, self.r // site.groups, *(1 for _ in kernel))
+        self.lora_A = self.weight("lora_A.weight", shape_a, self.init_of_a(config))
+        self.lora_B = self.weight("lora_B.weight", shape_b, "zeros" if config.init_lora_weights else _he_uniform())
+        self.lora_dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+
+    def hyperparameters(self, site: Site, config: LoraConfig) -> None:
+        """Rank and scaling of this layer: its own patterns first, then the config's."""
+        self.r = match_pattern(config.rank_pattern, site.path, config.r)
+        self.lora_alpha = match_pattern(config.alpha_pattern, site.path, config.lora_alpha)
+        self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+
+    def init_of_a(self, config: LoraConfig) -> Initializer:
+        return Normal(1 / self.r) if config.init_lora_weights == "gaussian" else _he_uniform()
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        # Two thin products instead of one thick; the scaling goes where the tensor is thinnest.
+        h = self.op(self.lora_dropout(self.cast(x)), self.lora_A)
+        return ops.add(y, self.op.mix(ops.mul(h, self.scaling), self.lora_B))
+
+    def delta_weight(self) -> Tensor:
+        b = ops.reshape(self.lora_B, (self.site.out_features, self.r))
+        a = ops.reshape(self.lora_A, (self.r, -1))
+        return ops.reshape(ops.mul(ops.matmul(b, a), self.scaling), self.site.shape)
+
+    def check_mergeable(self) -> None:
+        if self.site.groups > 1:
+            raise MergeError(
+                f"{self.site.path} is a convolution with groups={self.site.groups}: its low-rank update reads all input "
+                "channels, which a grouped weight cannot hold. Keep the adapter unmerged."
+            )
+
+
+class LoraEmbeddingPatch(LoraPatch):
+    """Low-rank update of an embedding: E[i] = E₀[i] + s·B·A[:, i].
+
+    Weights:
+        lora_embedding_A (r, vocabulary): zeros, so that a fresh adapter is the identity.
+        lora_embedding_B (dim, r): N(0, 1).
+    """
+
+    def setup(self, site: Site, config: LoraConfig) -> None:
+        self.hyperparameters(site, config)
+        vocabulary, dim = site.shape
+        init_a = "zeros" if config.init_lora_weights else Normal(1.0)
+        self.lora_embedding_A = self.weight("lora_embedding_A", (self.r, vocabulary), init_a)
+        self.lora_embedding_B = self.weight("lora_embedding_B", (dim, self.r), Normal(1.0))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.op(x, ops.transpose(self.lora_embedding_A, (1, 0)))
+        return ops.add(y, self.op.mix(ops.mul(h, self.scaling), self.lora_embedding_B))
+
+    def delta_weight(self) -> Tensor:
+        delta = ops.matmul(self.lora_embedding_B, self.lora_embedding_A)
+        return ops.mul(ops.transpose(delta, (1, 0)), self.scaling)
+
+
+def _he_uniform() -> Initializer:
+    return HeUniform(negative_slope=math.sqrt(5))
