@@ -150,7 +150,7 @@ class PeftConfig:
         """The config class whose `peft_type` is this, looked for among all classes that exist."""
         if peft_type is None:
             raise ConfigError(f"{origin} names no 'peft_type', so nothing says which method it configures")
-        by_type = {sub.peft_type: sub for sub in _subclasses(PeftConfig) if isinstance(sub.peft_type, str)}
+        by_type = {sub.peft_type: sub for sub in _subclasses(PeftConfig) if sub.peft_type is not None}
         if peft_type not in by_type:
             raise ConfigError(
                 f"{origin} has peft_type={peft_type!r}, which this version does not have; it has {sorted(by_type)}"
@@ -210,5 +210,5 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _subclasses(cls: type) -> set[type]:
+def _subclasses(cls: type[PeftConfig]) -> set[type[PeftConfig]]:
     return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from msft_peft.config import PeftConfig
 from msft_peft.errors import ConfigError
@@ -71,7 +71,8 @@ def method_of(config: PeftConfig) -> Method:
 
 def peft_types() -> type[Enum]:
     """`PeftType`: the names of the registered methods, equal to their strings."""
-    return Enum("PeftType", {name: name for name in sorted(METHODS)}, type=str)  # type: ignore[misc]
+    names = {name: name for name in sorted(METHODS)}
+    return cast("type[Enum]", Enum("PeftType", names, type=str))
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

@@ -4,7 +4,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor
 
 HALF_DTYPES = (ms.float16, ms.bfloat16)
 FLOAT_DTYPES = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
@@ -34,16 +34,3 @@ def write(p: Parameter, value: Any) -> None:
     if p.has_init:
         p.init_data()
     p.copy_(tensor)
-
-
-def clone_cell(cell: nn.Cell, dtype: Any = None) -> nn.Cell:
-    """A deep copy of `cell`, tied to nothing, its float parameters in `dtype` where one is given."""
-    import copy
-
-    twin = copy.deepcopy(cell)
-    if dtype is not None:
-        for _, owner in twin.cells_and_names():
-            for local, p in owner._params.items():
-                if p is not None and p.dtype in FLOAT_DTYPES and p.dtype != dtype:
-                    owner._params[local] = Parameter(ops.cast(p, dtype), name=p.name, requires_grad=p.requires_grad)
-    return twin

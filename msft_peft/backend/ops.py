@@ -18,7 +18,7 @@ class DenseOp(nn.Cell):
     def construct(self, x: Tensor, w: Tensor) -> Tensor:
         # One flat product: batched kernels are slower on CPU, and this is the form that sharding strategies address.
         y = self.matmul(ops.reshape(x, (-1, x.shape[-1])), w)
-        return ops.reshape(y, x.shape[:-1] + (w.shape[0],))
+        return ops.reshape(y, (*x.shape[:-1], w.shape[0]))
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         return self.construct(h, w)
@@ -32,7 +32,7 @@ class EmbeddingOp(DenseOp):
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         y = self.matmul(ops.reshape(h, (-1, h.shape[-1])), w)
-        return ops.reshape(y, h.shape[:-1] + (w.shape[0],))
+        return ops.reshape(y, (*h.shape[:-1], w.shape[0]))
 
 
 class ConvOp(nn.Cell):
@@ -61,7 +61,9 @@ class ConvOp(nn.Cell):
         lead = 1 if dims == 1 else 0
         self.stride, self.dilation = (1,) * lead + stride, (1,) * lead + dilation
         before, after = (0,) * lead + padding[0::2], (0,) * lead + padding[1::2]
-        self.pad_mode, self.padding, self.zero_pad = pad_mode, 0, ()
+        self.pad_mode = pad_mode
+        self.padding: int | tuple[int, ...] = 0
+        self.zero_pad: tuple[int, ...] = ()
         if pad_mode == "pad" and before == after:
             self.padding = before
         elif pad_mode == "pad":
@@ -91,5 +93,5 @@ class ConvOp(nn.Cell):
 
 
 def add_bias(y: Tensor, bias: Parameter | None) -> Tensor:
-    """y + bias along the last axis."""
+    """Add `bias`, if there is one, along the last axis of y."""
     return y if bias is None else ops.add(y, bias)

@@ -1,6 +1,6 @@
 """Surgery on trees of Cells, and the names that parameters bear afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from mindspore import Parameter, nn
@@ -23,17 +23,32 @@ def get_child(root: nn.Cell, path: str) -> nn.Cell:
     return root
 
 
-def replace_child(root: nn.Cell, path: str, new: nn.Cell) -> None:
-    """Put `new` where the cell at `path` is. Names are not touched: call `refresh_names` after the last edit.
+def replace_cells(root: nn.Cell, new: Mapping[int, nn.Cell]) -> None:
+    """Put `new[id(cell)]` wherever that cell stands below `root`, in one walk, also where it stands twice.
 
-    `setattr` and `insert_child_to_cell` are of no use here: they rename parameters relative to the parent alone, and a
-    `SequentialCell` runs from a list of its own that they do not update.
+    Names are not touched: call `refresh_names` after the last edit. `setattr` and `insert_child_to_cell` are of no use
+    here: they rename parameters relative to the parent alone, and a `SequentialCell` runs from a list of its own.
     """
-    parent_path, _, key = path.rpartition(".")
-    parent = get_child(root, parent_path)
-    parent._cells[key] = new
-    if isinstance(parent, nn.SequentialCell):
-        parent.cell_list = list(parent._cells.values())
+    for _, parent in list(root.cells_and_names()):
+        hits = {key: new[id(child)] for key, child in parent._cells.items() if id(child) in new}
+        parent._cells.update(hits)
+        if hits and isinstance(parent, nn.SequentialCell):
+            parent.cell_list = list(parent._cells.values())
+
+
+def owners(root: nn.Cell) -> dict[int, list[str]]:
+    """Paths of the cells below `root` that hold each parameter, by its `id`: more than one where weights are tied."""
+    found: dict[int, list[str]] = {}
+    for path, cell in root.cells_and_names():
+        for p in cell._params.values():
+            found.setdefault(id(p), []).append(path)
+    return found
+
+
+def inherit_mode(new: nn.Cell, old: nn.Cell) -> None:
+    """Set `new` alone to training or evaluation, as `old` is; `set_train` would reach its children too."""
+    new.add_flags(training=old.training)
+    new._phase = old._phase
 
 
 def refresh_names(root: nn.Cell) -> None:

@@ -1,21 +1,29 @@
 """Putting adapters into a model and taking them out: everything is prepared and checked before the tree is touched."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mindspore import Parameter, float32, nn
+from mindspore import Parameter, nn
 
-from msft_peft.backend.arrays import HALF_DTYPES
 from msft_peft.backend.graphs import drop_compiled
-from msft_peft.backend.tree import Named, get_child, named_parameters, refresh_names, replace_child
+from msft_peft.backend.tree import Named, get_child, named_parameters, refresh_names, replace_cells
 from msft_peft.config import PeftConfig, TargetedConfig
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, copy_of, wrappers
+from msft_peft.core.layer import (
+    ModulesToSaveWrapper,
+    TunerLayer,
+    Wrapper,
+    copy_of,
+    outer_cells,
+    site_of,
+    wrappers,
+)
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
 from msft_peft.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
-from msft_peft.hosts import Site, describe
+from msft_peft.hosts import Site
 from msft_peft.registry import Method, method_of
 
 # Heads that task classes ask to be trained whole without knowing which of them a model has.
@@ -68,6 +76,8 @@ class Adapter:
             owner = owner.removesuffix(".base_layer")
             if leaf != "bias" or id(named.parameter) in held or (kind == "lora_only" and owner not in self.patches):
                 continue
+            if lies_inside(owner, self.modules):
+                continue  # trained as a part of the whole layer, in the copy
             if owner in adapted:
                 inner = f"{owner}.base_layer."
                 named = named._replace(key=inner + leaf, local=inner + named.local.rpartition(".")[2])
@@ -86,7 +96,7 @@ def adapter_in(model: nn.Cell, name: str) -> Adapter:
     found = [(path, w, w.held()[name]) for path, w in wrappers(model) if name in w.held()]
     patches = {path: cell for path, w, cell in found if isinstance(w, TunerLayer)}
     modules = {path: cell for path, w, cell in found if isinstance(w, ModulesToSaveWrapper)}
-    return Adapter(name, configs_of(model)[name], patches, modules)  # type: ignore[arg-type]
+    return Adapter(name, configs_of(model)[name], patches, modules)
 
 
 def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True) -> Adapter:
@@ -109,17 +119,18 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     check_name(name)
     config = copy.deepcopy(config)
     assert isinstance(config, TargetedConfig)
-    config.target_modules = resolve_targets(config, method, model)
-    cells = _outer_cells(model)
+    cells = outer_cells(model)
+    config.target_modules = resolve_targets(config, method, model, cells)
     sites = _sites(method, cells, match_targets(config, cells))
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
     modules = _modules_to_save(config, cells)
+    _say_paths(config, modules, cells)
     return Adapter(
         name,
         config,
         {path: method.patches[site.kind](site, config, autocast) for path, site in sites.items()},
-        {path: copy_of(cell, _train_dtype(cell, autocast)) for path, cell in modules.items()},
+        {path: copy_of(cell) for path, cell in modules.items()},
     )
 
 
@@ -134,20 +145,18 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
             p.requires_grad = False
     discard(model, adapter.name)
     enabled = all(wrapper.enabled for _, wrapper in wrappers(model))
-    for path, patch in adapter.patches.items():
-        layer = get_child(model, path)
-        if not isinstance(layer, TunerLayer):
-            layer = TunerLayer(layer, patch.site)
-            replace_child(model, path, layer)
-        layer.add(adapter.name, patch)
-    for path, module in adapter.modules.items():
+    bare = {path: get_child(model, path) for path in (*adapter.patches, *adapter.modules)}
+    new = {
+        id(cell): TunerLayer(cell, adapter.patches[path].site)
+        if path in adapter.patches
+        else ModulesToSaveWrapper(cell)
+        for path, cell in bare.items()
+        if not isinstance(cell, Wrapper)
+    }
+    replace_cells(model, new)
+    for path, held in (adapter.patches | adapter.modules).items():
         wrapper = get_child(model, path)
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            wrapper = ModulesToSaveWrapper(wrapper)
-            replace_child(model, path, wrapper)
-        wrapper.add(adapter.name, module)
-    for path in (*adapter.patches, *adapter.modules):
-        wrapper = get_child(model, path)
+        wrapper.add(adapter.name, held)
         wrapper.set_requires_grad([adapter.name], False)
         wrapper.enable_adapters(enabled)
     model.peft_config = configs_of(model) | {adapter.name: adapter.config}
@@ -163,9 +172,7 @@ def discard(model: nn.Cell, name: str) -> None:
 
 def detach_all(model: nn.Cell) -> None:
     """Put the base layers themselves back in the place of all wrappers, and forget the adapters."""
-    for path, wrapper in reversed(wrappers(model)):
-        if path:
-            replace_child(model, path, wrapper.base())
+    replace_cells(model, {id(wrapper): wrapper.base() for _, wrapper in wrappers(model)})
     if hasattr(model, "peft_config"):
         del model.peft_config
     settle(model)
@@ -196,10 +203,10 @@ def settle(root: nn.Cell) -> None:
 
 def check_name(name: str) -> None:
     """Raise AdapterNameError if `name` cannot name an adapter."""
-    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name or name != name.strip():
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]{1,100}", name):
         raise AdapterNameError(
-            f"{name!r} cannot name an adapter: it must be a string that is not empty and has no dot or slash in it, nor "
-            "blanks around it, since it becomes a part of parameter names and a folder's name."
+            f"{name!r} cannot name an adapter: it must be 1 to 100 of the characters A-Z, a-z, 0-9, _ and -, since it "
+            "becomes a part of parameter names (MindSpore allows no others there) and a folder's name."
         )
     if hasattr(nn.CellDict, name) or hasattr(nn.CellDict(), name):
         raise AdapterNameError(f"{name!r} cannot name an adapter: MindSpore's Cells have an attribute of that name.")
@@ -237,20 +244,14 @@ def inject_adapter_in_model(
     return model
 
 
-def _outer_cells(model: nn.Cell) -> dict[str, nn.Cell]:
-    """Every cell that a target can name, by path: those inside wrappers are the wrappers' own affair."""
-    inside = tuple(path + "." for path, _ in wrappers(model))
-    return {path: cell for path, cell in model.cells_and_names() if path and not path.startswith(inside)}
-
-
 def _sites(method: Method, cells: dict[str, nn.Cell], paths: list[str]) -> dict[str, Site]:
     found = {}
     for path in paths:
         cell = cells[path]
-        site = cell.site if isinstance(cell, TunerLayer) else describe(cell, path)
+        site = site_of(cell, path)
         if site is None or site.kind not in method.patches:
             raise ConfigError(
-                f"Target module {path} ({type(cell).__name__}) is not supported. Currently, only the following kinds of "
+                f"Target module {path} ({type(cell).__name__}) is not supported. Currently, only these kinds of "
                 f"layers are supported by {method.name}: {sorted(method.patches)}. Name such layers, or 'all-linear'."
             )
         found[path] = site
@@ -276,7 +277,7 @@ def _check_bias(model: nn.Cell, config: TargetedConfig, name: str) -> None:
     """Biases are trained in place, so two adapters cannot both have their own."""
     biases = [getattr(other, "bias", "none") for key, other in configs_of(model).items() if key != name]
     mine = getattr(config, "bias", "none")
-    if biases and mine != "none" or any(bias != "none" for bias in biases):
+    if (biases and mine != "none") or any(bias != "none" for bias in biases):
         raise ConfigError(
             f"Only 1 adapter with bias is supported, got bias={mine!r} for {name!r} beside {biases}. "
             "When using multiple adapters, set bias to 'none' for all adapters."
@@ -299,16 +300,21 @@ def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[
             )
         found |= hits
     originals = {path: cell.base() if isinstance(cell, Wrapper) else cell for path, cell in found.items()}
-    return {path: cell for path, cell in originals.items() if not _lies_inside(path, originals)}
+    return {path: cell for path, cell in originals.items() if not lies_inside(path.rpartition(".")[0], originals)}
 
 
-def _lies_inside(path: str, others: Iterable[str]) -> bool:
-    return any(path.startswith(other + ".") for other in others)
+def _say_paths(config: TargetedConfig, modules: dict[str, nn.Cell], cells: dict[str, nn.Cell]) -> None:
+    """Write whole paths into `modules_to_save` where HF, for which a name is any end of a path, would take more."""
+    names: set[str] = set()
+    for name in config.modules_to_save or []:
+        here = {path for path in modules if matches_name(path, [name])}
+        names |= here if here != {path for path in cells if path.endswith(name)} and here else {name}
+    config.modules_to_save = sorted(names) if names else config.modules_to_save
 
 
-def _train_dtype(cell: nn.Cell, autocast: bool) -> object | None:
-    halves = any(p.dtype in HALF_DTYPES for p in cell.get_parameters())
-    return float32 if autocast and halves else None
+def lies_inside(path: str, others: Iterable[str]) -> bool:
+    """Whether `path` is one of `others` or below one."""
+    return any(path == other or path.startswith(other + ".") for other in others)
 
 
 def _held_ids(model: nn.Cell) -> set[int]:

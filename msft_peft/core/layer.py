@@ -1,5 +1,6 @@
 """The two wrappers that stand in a model's tree in place of a layer, and all the bookkeeping for what they hold."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -7,11 +8,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from msft_peft.backend.arrays import HALF_DTYPES, clone_cell, to_numpy, write
+from msft_peft.backend.arrays import HALF_DTYPES, to_numpy, write
 from msft_peft.backend.ops import add_bias
+from msft_peft.backend.tree import inherit_mode
 from msft_peft.core.patch import Patch
 from msft_peft.errors import MergeError
-from msft_peft.hosts import Site
+from msft_peft.hosts import Site, describe
 
 
 class View(nn.Cell):
@@ -105,7 +107,7 @@ class TunerLayer(Wrapper):
         self.adapters = nn.CellDict()
         self.backups: dict[str, np.ndarray | None] = {}
         self.adapting = False
-        self.set_train(base.training)
+        inherit_mode(self, base)
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.adapting:
@@ -271,7 +273,7 @@ class ModulesToSaveWrapper(Wrapper):
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.CellDict()
-        self.set_train(original.training)
+        inherit_mode(self, original)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         if self.enabled and self.active:
@@ -287,7 +289,7 @@ class ModulesToSaveWrapper(Wrapper):
     def add(self, name: str, module: nn.Cell) -> None:
         """Put an adapter's copy here, inactive; one of the same name is replaced."""
         # Past CellDict's own check, which refuses containers: a head may well be a SequentialCell.
-        self.modules_to_save._cells[name] = module.set_train(self.training)
+        self.modules_to_save._cells[name] = module
 
     def discard(self, name: str) -> None:
         self.modules_to_save._cells.pop(name, None)
@@ -306,7 +308,7 @@ class ModulesToSaveWrapper(Wrapper):
         return self.held()[self.active[0]] if self.enabled and self.active else self.original_module
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else is asked of the copy in use, so that code which reads the layer's attributes goes on working."""
+        """Anything else is asked of the copy in use, for code that reads the layer's attributes."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -315,12 +317,23 @@ class ModulesToSaveWrapper(Wrapper):
             return getattr(self.current(), name)
 
 
-def copy_of(module: nn.Cell, dtype: Any) -> nn.Cell:
-    """A trainable copy of a layer, its parameters in `dtype` where one is given."""
-    twin = clone_cell(module, dtype)
+def copy_of(module: nn.Cell) -> nn.Cell:
+    """A trainable copy of a layer."""
+    twin = copy.deepcopy(module)
     for p in twin.get_parameters():
         p.requires_grad = True
     return twin
+
+
+def site_of(cell: nn.Cell, path: str) -> Site | None:
+    """The Site that a cell is, wrapped or not; None if it is no layer that can be tuned."""
+    return cell.site if isinstance(cell, TunerLayer) else describe(cell, path)
+
+
+def outer_cells(root: nn.Cell) -> dict[str, nn.Cell]:
+    """Every cell below `root` that a config can name, by path: what is inside wrappers is their own affair."""
+    inside = tuple(path + "." for path, _ in wrappers(root))
+    return {path: cell for path, cell in root.cells_and_names() if path and not path.startswith(inside)}
 
 
 def wrappers(root: nn.Cell) -> list[tuple[str, Wrapper]]:

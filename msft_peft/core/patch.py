@@ -41,8 +41,14 @@ class Patch(nn.Cell):
         self.keys[attribute] = key
         return Parameter(initializer(init, shape, self.dtype), name=attribute)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: these weights stand in the tree, and in a `state_dict`, under the paths that HF gives them."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, see `_save_to_state_dict`."""
+
     def cast(self, x: Tensor) -> Tensor:
-        """x in the dtype of this Patch's weights."""
+        """Give x the dtype of this Patch's weights."""
         return x if x.dtype == self.dtype else ops.cast(x, self.dtype)
 
     def delta_weight(self) -> Tensor:

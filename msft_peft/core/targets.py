@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from mindspore import nn
 
 from msft_peft.config import TargetedConfig
+from msft_peft.core.layer import site_of
 from msft_peft.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning
-from msft_peft.hosts import Site, describe, model_config, output_head
+from msft_peft.hosts import Site, model_config, output_head
 from msft_peft.registry import Method
 
 ALL_LINEAR = "all-linear"
@@ -33,30 +34,35 @@ def matches_name(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
 
 
-def resolve_targets(config: TargetedConfig, method: Method, model: nn.Cell) -> list[str] | str:
+def resolve_targets(
+    config: TargetedConfig, method: Method, model: nn.Cell, cells: Mapping[str, nn.Cell]
+) -> list[str] | str:
     """`config.target_modules` with "all-linear" and None replaced by what they stand for in `model`.
+
+    Args:
+        config: says what is wanted.
+        method: has the usual targets.
+        model: the base model.
+        cells: every cell of it that could be meant, by dotted path.
 
     Raises:
         ConfigError: none given, and no usual targets are known for the model's architecture.
     """
     targets = config.target_modules
     if targets is None:
-        model_type = model_config(model).get("model_type")
+        model_type = str(model_config(model).get("model_type"))
         if model_type not in method.default_targets:
             raise ConfigError(
                 f"Please specify `target_modules` in `peft_config`: no default is known for {type(model).__name__} "
-                f"(model_type={model_type!r}). Its layers that {method.name} can adapt: {_summary(_sites(model))}."
+                f"(model_type={model_type!r}). Its layers that {method.name} can adapt: {_summary(_sites(cells))}."
             )
         targets = method.default_targets[model_type]
         return targets if isinstance(targets, str) else list(targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)
         heads = CLASSIFIER_NAMES if head is None and config.task_type == "SEQ_CLS" else ()
-        return [
-            path
-            for path, (cell, site) in _sites(model).items()
-            if site.kind == "dense" and cell is not head and path not in heads
-        ]
+        dense = [path for path, site in _sites(cells).items() if site.kind == "dense"]
+        return [path for path in dense if cells[path] is not head and path not in heads]
     return targets
 
 
@@ -147,9 +153,9 @@ def _no_match(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> str:
     return text + "Please check the target modules and try again, or pass 'all-linear'."
 
 
-def _sites(model: nn.Cell) -> dict[str, tuple[nn.Cell, Site]]:
-    found = ((path, cell, describe(cell, path)) for path, cell in model.cells_and_names() if path)
-    return {path: (cell, site) for path, cell, site in found if site is not None}
+def _sites(cells: Mapping[str, nn.Cell]) -> dict[str, Site]:
+    found = {path: site_of(cell, path) for path, cell in cells.items()}
+    return {path: site for path, site in found.items() if site is not None}
 
 
 def _summary(sites: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from mindspore import nn
 from tqdm import tqdm
 
 from msft_peft.backend.graphs import drop_compiled
-from msft_peft.backend.tree import replace_child
+from msft_peft.backend.tree import inherit_mode, owners, replace_cells
 from msft_peft.config import PeftConfig
 from msft_peft.core import inject
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
@@ -31,7 +31,7 @@ class Tuner(nn.Cell):
         super().__init__()
         self.model = model
         self.current: tuple[str, ...] = ()
-        self.set_train(model.training)
+        inherit_mode(self, model)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -87,16 +87,18 @@ class Tuner(nn.Cell):
             AdapterNameError: a name is not there.
             MergeError: two of them train the same layer whole (`modules_to_save`).
         """
-        names = self.require(adapter_name)
+        names = list(dict.fromkeys(self.require(adapter_name)))
         self._check_one_copy(names)
-        if any(layer.merged for layer in self.layers()):
-            warnings.warn(
-                "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2
-            )
-            self.unmerge_adapter()
+        self.unmerge_first("Adapter cannot be set when the model is merged.")
         inject.activate(self.model, names, trainable=not inference_mode)
         self.current = tuple(names)
         drop_compiled()
+
+    def unmerge_first(self, why: str) -> None:
+        """Unmerge, with a warning that says why, if anything is merged."""
+        if any(layer.merged for layer in self.layers()):
+            warnings.warn(f"{why} Unmerging the model first.", PeftWarning, stacklevel=3)
+            self.unmerge_adapter()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters, active or not. Build the optimizer and the gradient function afterwards."""
@@ -168,8 +170,11 @@ class Tuner(nn.Cell):
 
         Raises:
             AdapterNameError: a name is not there.
-            MergeError: the method or a layer cannot merge, or `safe_merge` met a non-finite number.
+            MergeError: the method or a layer cannot merge, a weight is tied to another layer's, the adapters are
+                disabled, or `safe_merge` met a non-finite number.
         """
+        if not all(wrapper.enabled for _, wrapper in wrappers(self.model)):
+            raise MergeError("The adapters are disabled: merging them would put them into effect. Enable them first.")
         names = self.active_adapters if adapter_names is None else self.require(adapter_names)
         plan = [(layer, self._to_merge(layer, names)) for layer in self.layers()]
         already = sorted({name for layer, _ in plan for name in layer.merged_adapters})
@@ -207,7 +212,8 @@ class Tuner(nn.Cell):
 
         Args:
             progressbar: show one.
-            safe_merge, adapter_names: see `merge_adapter`.
+            safe_merge: see `merge_adapter`.
+            adapter_names: see `merge_adapter`.
 
         Raises: as `merge_adapter`.
         """
@@ -218,10 +224,10 @@ class Tuner(nn.Cell):
             layer.merge(new)
             # What is merged for good needs no way back.
             layer.backups.clear()
-        for path, wrapper in wrappers(self.model):
+        for _, wrapper in wrappers(self.model):
             copies = [name for name in names if name in wrapper.held()]
             if isinstance(wrapper, ModulesToSaveWrapper) and copies:
-                replace_child(self.model, path, wrapper.held()[copies[0]])
+                replace_cells(self.model, {id(wrapper): wrapper.held()[copies[0]]})
         inject.detach_all(self.model)
         return self.model
 
@@ -261,7 +267,14 @@ class Tuner(nn.Cell):
             method = method_of(self.peft_config[name])
             if not method.merges:
                 raise MergeError(f"{method.name} adapters cannot be merged into the base weights: {name!r} is one.")
+        holders = owners(self.model)
         for layer, new in plan:
+            tied = holders[id(layer.weight)]
+            if new and len(tied) > 1:
+                raise MergeError(
+                    f"The weight of {layer.site.path} is tied: {' and '.join(tied)} hold the same Parameter, and "
+                    "merging an adapter of one would change the other too. Give one a copy first, or do not merge."
+                )
             layer.check_merge(new, finite)
 
     def _warn_of_biases(self) -> None:

@@ -61,7 +61,14 @@ def _dense(cell: nn.Cell, path: str) -> Site:
     weight = cell.weight
     activation = cell.activation if getattr(cell, "activation_flag", False) else None
     return Site(
-        path, LINEAR, weight.shape[1], weight.shape[0], tuple(weight.shape), weight.dtype, DenseOp(), activation=activation
+        path,
+        LINEAR,
+        weight.shape[1],
+        weight.shape[0],
+        tuple(weight.shape),
+        weight.dtype,
+        DenseOp(),
+        activation=activation,
     )
 
 
@@ -117,8 +124,9 @@ def describe(cell: nn.Cell, path: str) -> Site | None:
 def model_config(model: nn.Cell) -> dict[str, Any]:
     """The model's own config as a dict; `{"model_type": "custom"}` where it has none."""
     config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
+    to_dict = getattr(config, "to_dict", None)
+    if callable(to_dict):
+        config = to_dict()
     return dict(config) if isinstance(config, Mapping) else {"model_type": "custom"}
 
 

@@ -17,7 +17,10 @@ from safetensors import SafetensorError
 from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.files import fetch, replacing
 from msft_peft.backend.tree import Named
+from msft_peft.config import PeftConfig
 from msft_peft.core.inject import Adapter
+from msft_peft.core.layer import outer_cells
+from msft_peft.core.targets import matches_name
 from msft_peft.errors import LoadError, PeftWarning
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -74,7 +77,9 @@ def read_tensors(source: str | os.PathLike, subfolder: str | None = None, **hub:
     where = f"{source}/{subfolder}" if subfolder else f"{source}"
     hint = ""
     if fetch(source, "adapter_model.bin", subfolder=subfolder, **hub) is not None:
-        hint = " Its adapter_model.bin is a pickle, which is not read: convert it with HF peft (safe_serialization=True)."
+        hint = (
+            " Its adapter_model.bin is a pickle, which is not read: convert it with HF peft (safe_serialization=True)."
+        )
     raise FileNotFoundError(f"'{where}' has neither {SAFETENSORS_NAME} nor {CKPT_NAME}, so no adapter weights.{hint}")
 
 
@@ -158,6 +163,24 @@ def match_tensors(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Match:
     return Match(fitting, missing, unexpected, misshapen, tensors.origin)
 
 
+def with_copies_in(tensors: Tensors, config: PeftConfig, model: nn.Cell) -> PeftConfig:
+    """The config, with every layer named in `modules_to_save` that the file holds a copy of.
+
+    HF takes a name there for the end of a path, "norm" for `input_norm` too; its files then hold more copies than the
+    name says here.
+    """
+    names = getattr(config, "modules_to_save", None)
+    if not names or tensors.adapter is not None:
+        return config
+    held = {
+        path
+        for path in outer_cells(model)
+        if path.endswith(tuple(names)) and any(key.startswith(f"{PREFIX}{path}.") for key in tensors.arrays)
+    }
+    extra = {path for path in held if not matches_name(path, names)}
+    return replace(config, modules_to_save=[*names, *extra])  # type: ignore[call-arg]
+
+
 def _by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.ndarray]:
     """The file's tensors by HF's keys and in HF's shapes; what is unknown keeps the key that it has."""
     if tensors.adapter is None:
@@ -169,7 +192,9 @@ def _by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.
         }
     # A checkpoint speaks of the adapter by the name that it had then.
     entries = replace(adapter, name=tensors.adapter).entries(model)
-    by_name = {prefix + named.local: (PREFIX + key, named) for key, named in entries.items() for prefix in (PREFIX, "")}
+    by_name = {
+        prefix + named.local: (PREFIX + key, named) for key, named in entries.items() for prefix in (PREFIX, "")
+    }
     arrays = {}
     for name, array in tensors.arrays.items():
         key, named = by_name.get(name, (name, None))

@@ -43,7 +43,9 @@ def write_card(
         card = ModelCard.load(path, ignore_metadata_errors=True)
     else:
         data = ModelCardData()
-        text = _BODY.format(base=base or "a MindSpore model", method=method, trainable=trainable, version=HF_PEFT_VERSION)
+        text = _BODY.format(
+            base=base or "a MindSpore model", method=method, trainable=trainable, version=HF_PEFT_VERSION
+        )
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
     card.data.library_name = "peft"
     if base:

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from mindspore import nn
 
-from msft_peft.backend.tree import named_parameters
+from msft_peft.backend.tree import inherit_mode
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core import inject
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError
 from msft_peft.hosts import model_config
-from msft_peft.io.adapter import match_tensors, read_tensors, save_tensors
+from msft_peft.io.adapter import match_tensors, read_tensors, save_tensors, with_copies_in
 from msft_peft.io.card import write_card
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
@@ -78,7 +78,7 @@ class PeftModel(nn.Cell):
         self.base_model = Tuner(model)
         self.base_model.current = (adapter.name,)
         inject.activate(model, [adapter.name], trainable=not adapter.config.inference_mode)
-        self.set_train(model.training)
+        inherit_mode(self, model)
         inject.settle(self)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,9 @@ class PeftModel(nn.Cell):
             ConfigError: another method than that of the adapters in the model; for others see `core.inject.prepare`.
         """
         _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
-        self._check_new(adapter_name, peft_config)
+        if adapter_name in self.peft_config:
+            raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
+        self._check_method(peft_config)
         inject.attach(
             self.get_base_model(),
             self._prepare(self.get_base_model(), peft_config, adapter_name, autocast_adapter_dtype),
@@ -273,8 +275,9 @@ class PeftModel(nn.Cell):
         cls = cls.for_task(config)
         self = cls.__new__(cls)
         nn.Cell.__init__(self)
-        adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype)
-        match = match_tensors(read_tensors(model_id, **hub), adapter, model)
+        tensors = read_tensors(model_id, **hub)
+        adapter = self._prepare(model, with_copies_in(tensors, config, model), adapter_name, autocast_adapter_dtype)
+        match = match_tensors(tensors, adapter, model)
         match.check(strict, ignore_mismatched_sizes)
         match.apply()
         self._install(model, adapter)
@@ -292,34 +295,39 @@ class PeftModel(nn.Cell):
         ignore_mismatched_sizes: bool = False,
         **hub: Any,
     ) -> None:
-        """Add an adapter from files, inactive; or, if the name is taken, overwrite that adapter's weights.
+        """Add an adapter from files, inactive; or, if the name is taken, put it in that adapter's place.
+
+        An adapter whose config differs from the file's is replaced whole; otherwise its weights are overwritten.
 
         Args and errors: as `from_pretrained`; a config of another method is a ConfigError.
 
-        Differs: HF returns the keys that did not fit; here they are an error, or with strict=False a warning.
+        Differs: HF returns the keys that did not fit; here they are an error, or with strict=False a warning. HF keeps
+        the old adapter's scaling when it overwrites the weights.
         """
         _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
         config = _config_for(model_id, None, is_trainable, hub)
-        base = self.get_base_model()
-        is_new = adapter_name not in self.peft_config
-        if is_new:
-            self._check_new(adapter_name, config)
-            adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype)
-        else:
+        base, tensors = self.get_base_model(), read_tensors(model_id, **hub)
+        self._check_method(config)
+        adapter = self._prepare(base, with_copies_in(tensors, config, base), adapter_name, autocast_adapter_dtype)
+        old = self.peft_config.get(adapter_name)
+        same = old is not None and _alike(old, adapter.config)
+        if same:
             adapter = inject.adapter_in(base, adapter_name)
-        match = match_tensors(read_tensors(model_id, **hub), adapter, base)
+        match = match_tensors(tensors, adapter, base)
         match.check(strict, ignore_mismatched_sizes)
+        if old is not None:
+            self.base_model.unmerge_first(f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
         match.apply()
-        if is_new:
+        if not same:
             inject.attach(base, adapter)
+            if adapter_name in self.active_adapters:
+                inject.activate(base, self.active_adapters, trainable=is_trainable)
+            inject.settle(self)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
-        inject.settle(self)
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def _check_new(self, name: str, config: PeftConfig) -> None:
-        if name in self.peft_config:
-            raise AdapterNameError(f"Adapter with name '{name}' already exists.")
+    def _check_method(self, config: PeftConfig) -> None:
         here = {str(other.peft_type) for other in self.peft_config.values()}
         if here and getattr(config, "peft_type", None) not in here:
             raise ConfigError(
@@ -353,6 +361,14 @@ def _config_for(
     return config
 
 
+def _alike(one: PeftConfig, other: PeftConfig) -> bool:
+    """Whether two configs make the same adapter: what only describes where it came from does not count."""
+    described = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
+    return all(value == other.to_dict().get(key) for key, value in one.to_dict().items() if key not in described)
+
+
 def _refuse_low_cpu_mem_usage(asked: bool) -> None:
     if asked:
-        raise NotImplementedError("low_cpu_mem_usage=True is not built yet; wrapping copies no base weights without it")
+        raise NotImplementedError(
+            "low_cpu_mem_usage=True is not built yet; wrapping copies no base weights without it"
+        )

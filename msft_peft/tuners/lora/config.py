@@ -134,7 +134,7 @@ class LoraConfig(TargetedConfig):
             raise NotImplementedError(f"LoraConfig.init_lora_weights={self.init_lora_weights!r} is not built yet")
         for f in dataclasses.fields(self):
             if f.name in _NOT_BUILT:
-                default = f.default_factory() if callable(f.default_factory) else f.default  # type: ignore[misc]
+                default = f.default_factory() if callable(f.default_factory) else f.default
                 if getattr(self, f.name) not in (default, None) and f.name not in self._ignored():
                     raise NotImplementedError(
                         f"LoraConfig.{f.name}={getattr(self, f.name)!r} is not built yet: leave it at {default!r}"

@@ -59,8 +59,8 @@ class LoraPatch(Patch):
     def check_mergeable(self) -> None:
         if self.site.groups > 1:
             raise MergeError(
-                f"{self.site.path} is a convolution with groups={self.site.groups}: its low-rank update reads all input "
-                "channels, which a grouped weight cannot hold. Keep the adapter unmerged."
+                f"{self.site.path} is a convolution with groups={self.site.groups}: its low-rank update reads all "
+                "input channels, which a grouped weight cannot hold. Keep the adapter unmerged."
             )
 
 

@@ -1,0 +1,92 @@
+# Each target installs what it needs: a machine with make and Python 3.10, 3.11 or 3.12 (with venv and pip) is enough.
+#   PYTHON=python3.12       the interpreter to build the environments with (`make clean` first, to change it)
+#   ARGS="-k lora -x"       passed on to the command that a target runs
+#   WORKERS=4               processes that run the tests; each imports MindSpore, about 0.5 GB
+
+.DEFAULT_GOAL := help
+# Two targets may share an environment, and two pips in one environment break it.
+.NOTPARALLEL:
+
+PYTHON ?=
+ARGS ?=
+WORKERS ?= 2
+
+CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3 python3.11 python3.12 python3.10 python)
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PINS := pyproject.toml $(wildcard requirements/*.txt)
+BIN := .venv/bin
+comma := ,
+
+# $(call install,VENV,EXTRA,PINS): make VENV if it is not there or broken; install the project into it, editable, with
+# EXTRA, at the versions in requirements/PINS.txt. Candidates are run, not looked up: a shim may exist for no Python.
+define install
+@if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then found=; \
+  for python in $(CANDIDATES); do \
+    if "$$python" -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$python; break; fi; \
+  done; \
+  if [ -z "$$found" ]; then \
+    echo 'error: none of these is a Python 3.10, 3.11 or 3.12 with venv and pip:' $(CANDIDATES) >&2; \
+    echo '       install one (Debian, Ubuntu: apt install python3-venv) or say make PYTHON=/path/to/python' >&2; \
+    exit 1; \
+  fi; \
+  echo "Making $(1) with $$("$$found" --version)"; \
+  "$$found" -m venv --clear $(1) || exit 1; \
+fi
+@echo 'Installing msft-peft[$(2)] into $(1) (minutes the first time)'
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[$(2)]' --constraint requirements/$(3).txt
+@touch $@
+endef
+
+.venv/.has-%: $(PINS)
+	$(call install,.venv,$*,mindspore-2.10.0)
+
+.venv-2.7.2/.has-%: $(PINS)
+	$(call install,.venv-2.7.2,$*,mindspore-2.7.2)
+
+.venv-parity/.has-test: $(PINS)
+	$(call install,.venv-parity,test$(comma)parity,parity)
+
+.PRECIOUS: .venv/.has-% .venv-2.7.2/.has-%
+.PHONY: help quickstart test parity test-2.7.2 lint fmt types notebooks bench check build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+quickstart: .venv/.has-examples ## train a small LoRA adapter, save it, load it again
+	@$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: .venv/.has-test ## run the tests that need no torch
+	$(BIN)/python -m pytest -m "not parity" -n $(WORKERS) $(ARGS)
+
+parity: .venv-parity/.has-test ## compare with HF peft on torch, live
+	.venv-parity/bin/python -m pytest -m parity -n $(WORKERS) $(ARGS)
+
+test-2.7.2: .venv-2.7.2/.has-test ## run the tests on MindSpore 2.7.2
+	.venv-2.7.2/bin/python -m pytest -m "not parity" -n $(WORKERS) $(ARGS)
+
+lint: .venv/.has-dev ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+fmt: .venv/.has-dev ## format, and fix what can be fixed
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+types: .venv/.has-dev ## check the types
+	$(BIN)/mypy
+
+notebooks: .venv/.has-notebooks ## execute every notebook (ARGS=--inplace keeps the outputs)
+	GLOG_v=3 MS_DEV_LAUNCH_BLOCKING=1 $(BIN)/jupyter-execute --timeout=900 $(ARGS) notebooks/*.ipynb
+
+bench: .venv-parity/.has-test ## benchmark side by side with HF peft on torch
+	.venv-parity/bin/python -m benchmarks $(ARGS)
+
+check: lint types test ## what to run before a commit
+
+build: .venv/.has-dev ## make the wheel and the source archive in dist/
+	@rm -rf dist
+	$(BIN)/python -m build
+
+clean: ## remove the environments and everything else that was made
+	rm -rf .venv .venv-2.7.2 .venv-parity build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,123 @@
+"""The Auto classes: they pick a model's class from `model_type` in its `config.json`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from .bert import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from .checkpoint import CONFIG_FILE, resolve_folder
+from .config import CONFIG_CLASSES, ModelConfig
+from .llama import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralModel,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3Model,
+)
+from .pretrained import PreTrainedModel
+
+
+class AutoConfig(ModelConfig):
+    """Reads a config of any supported family: `AutoConfig.from_pretrained(folder_or_hub_id)`."""
+
+    @classmethod
+    def for_model(cls, model_type: str, **values: Any) -> ModelConfig:
+        """Build the config of a family from settings."""
+        return cls.from_dict({"model_type": model_type}, **values)
+
+
+class _AutoModel:
+    classes: ClassVar[tuple[type[PreTrainedModel], ...]] = ()
+
+    def __init__(self):
+        raise TypeError(f"{type(self).__name__} is not built itself: call its from_pretrained or from_config.")
+
+    @classmethod
+    def class_for(cls, config: ModelConfig) -> type[PreTrainedModel]:
+        """Return the class for the config's family.
+
+        Raises:
+            ValueError: this task is not built for that family.
+        """
+        for model_class in cls.classes:
+            if model_class.config_class is type(config):
+                return model_class
+        built = ", ".join(model_class.config_class.model_type for model_class in cls.classes)
+        raise ValueError(
+            f"{cls.__name__} has no model for model_type '{config.model_type}'; it has: {built}. "
+            f"All families: {', '.join(CONFIG_CLASSES)}."
+        )
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> PreTrainedModel:
+        """Build the model with random weights."""
+        return cls.class_for(config)(config)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+        """Load an HF checkpoint; the arguments are those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the family, or this task of it, is not built; or as in `PreTrainedModel.from_pretrained`.
+        """
+        config = kwargs.get("config")
+        if config is None:
+            folder, _ = resolve_folder(name_or_path, [CONFIG_FILE], kwargs)
+            config = AutoConfig.from_pretrained(folder)
+        return cls.class_for(config).from_pretrained(name_or_path, **kwargs)
+
+
+class AutoModel(_AutoModel):
+    """The model without a head."""
+
+    classes = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model, BertModel)
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """The model that scores the next token."""
+
+    classes = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """The model that scores whole sequences."""
+
+    classes = (
+        LlamaForSequenceClassification,
+        MistralForSequenceClassification,
+        Qwen2ForSequenceClassification,
+        Qwen3ForSequenceClassification,
+        BertForSequenceClassification,
+    )
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """The model that scores every token."""
+
+    classes = (BertForTokenClassification,)
+
+
+class AutoModelForQuestionAnswering(_AutoModel):
+    """The model that scores where an answer starts and ends."""
+
+    classes = (BertForQuestionAnswering,)
+
+
+class AutoModelForMaskedLM(_AutoModel):
+    """The model that scores the token behind a mask."""
+
+    classes = (BertForMaskedLM,)

@@ -1,0 +1,152 @@
+"""Files: HuggingFace folders and Hub repositories, safetensors read and written without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[str]:
+    """Yield a temporary path beside `path` and move it there at the end: a crash leaves the old file or the new one."""
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def inside(folder: str, name: str, source: str) -> str:
+    """Join `folder` and a `name` that a file or caller gave.
+
+    Raises:
+        ValueError: the result would lie outside `folder`; `source` says where the name came from.
+    """
+    path = os.path.normpath(os.path.join(folder, name))
+    if os.path.isabs(name) or os.path.commonpath([os.path.abspath(folder), os.path.abspath(path)]) != os.path.abspath(
+        folder
+    ):
+        raise ValueError(f"{source} names '{name}', which lies outside the folder '{folder}'. Only names inside it "
+                         f"are read; do not use this checkpoint before you know why it says so.")
+    return path
+
+
+def resolve_folder(
+    name_or_path: str | os.PathLike, patterns: list[str], kwargs: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Return a local folder that holds the wanted files, and the `kwargs` that are not for the Hub.
+
+    Args:
+        name_or_path: a local folder, or a Hub id, whose files matching `patterns` are then downloaded.
+        patterns: file names relative to the (sub)folder.
+        kwargs: may hold `HUB_OPTIONS`, as in `huggingface_hub.snapshot_download`, and `subfolder`.
+
+    Raises:
+        FileNotFoundError: the name looks like a local path, and there is no such folder.
+    """
+    rest = dict(kwargs)
+    options = {key: rest.pop(key) for key in HUB_OPTIONS if key in rest}
+    subfolder = options.pop("subfolder", None) or ""
+    name = os.fspath(name_or_path)
+    if not os.path.isdir(name):
+        if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.exists(name):
+            raise FileNotFoundError(f"'{name}' is no folder. Give a folder that holds {CONFIG_FILE}, or a Hub id.")
+        from huggingface_hub import snapshot_download  # slow to import, and needed only for Hub ids
+
+        prefix = f"{subfolder}/" if subfolder else ""
+        name = snapshot_download(name, allow_patterns=[prefix + pattern for pattern in patterns], **options)
+    folder = inside(name, subfolder, "subfolder=") if subfolder else name
+    return folder, rest
+
+
+def fetch_checkpoint(
+    name_or_path: str | os.PathLike, kwargs: dict[str, Any]
+) -> tuple[str, list[str], dict[str, Any]]:
+    """Return the folder of a whole checkpoint, the paths of its safetensors files, and the other `kwargs`.
+
+    Raises:
+        FileNotFoundError: there is neither `model.safetensors` nor its index, or a shard is missing.
+        ValueError: the index is broken, or names a file outside the folder.
+    """
+    folder, rest = resolve_folder(name_or_path, [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE], kwargs)
+    single, index = os.path.join(folder, WEIGHTS_FILE), os.path.join(folder, INDEX_FILE)
+    if os.path.isfile(single):
+        return folder, [single], rest
+    if not os.path.isfile(index):
+        present = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"'{folder}' has neither {WEIGHTS_FILE} nor {INDEX_FILE} (found: {present}). Only safetensors are read; "
+            f"save a pickled checkpoint anew with transformers: model.save_pretrained(folder)."
+        )
+    names = shard_names(index)
+    if not os.path.isdir(os.fspath(name_or_path)):
+        resolve_folder(name_or_path, names, kwargs)
+    paths = [inside(folder, name, f"'{index}'") for name in names]
+    absent = [path for path in paths if not os.path.isfile(path)]
+    if absent:
+        raise FileNotFoundError(f"'{index}' names shards that are not there: {', '.join(absent)}. Download them too.")
+    return folder, paths, rest
+
+
+def shard_names(index: str) -> list[str]:
+    """Read the sorted file names of `model.safetensors.index.json`.
+
+    Raises:
+        ValueError: it is not such an index, or a name in it leads out of the folder.
+    """
+    try:
+        with open(index, encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{index}' is no safetensors index: no readable 'weight_map' ({error!r}).") from error
+    for name in names:
+        inside(os.path.dirname(index), name, f"'{index}'")
+    return names
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{path}' is not a readable safetensors file ({error}). Download or save it again.") from error
+
+
+def tensor_shapes(paths: list[str]) -> dict[str, tuple[int, ...]]:
+    """Read the key and shape of every tensor in `paths` from the headers alone."""
+    shapes = {}
+    for path in paths:
+        with _opened(path) as file:
+            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118 no dict
+    return shapes
+
+
+def tensors(paths: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every tensor as an array of its own, one at a time; a bar shows the progress through several files."""
+    for path in tqdm(paths, desc="Loading checkpoint shards", disable=len(paths) < 2):
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 no dict
+                yield key, file.get_tensor(key)
+
+
+def write_tensors(arrays: dict[str, np.ndarray], folder: str | os.PathLike) -> None:
+    """Write `model.safetensors` into `folder`, atomically, in the form that transformers reads."""
+    os.makedirs(folder, exist_ok=True)
+    with atomic_write(os.path.join(folder, WEIGHTS_FILE)) as path:
+        save_file(arrays, path, metadata={"format": "pt"})

@@ -1,0 +1,295 @@
+"""Model configurations: attribute access over HuggingFace's `config.json`, with each family's defaults."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from typing import Any, ClassVar
+
+from .checkpoint import CONFIG_FILE, atomic_write, resolve_folder
+
+_COMMON = {
+    "architectures": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.02,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "pad_token_id": None,
+    "problem_type": None,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+}
+
+_DECODER = {
+    "attention_dropout": 0.0,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+class ModelConfig:
+    """The settings of one model, as written in HF's `config.json`; unknown keys are kept and saved again.
+
+    Every key is an attribute: `config.hidden_size`. Subclasses give `model_type` and the defaults of their family, so
+    that a `config.json` may be as short as HF's are.
+
+    Args:
+        values: settings that differ from the family's defaults; `num_labels=n` names n labels "LABEL_0", ....
+    """
+
+    model_type: ClassVar[str] = ""
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, **values: Any):
+        values = {**_COMMON, **copy.deepcopy(self.defaults), **values}
+        values.pop("model_type", None)
+        self.name_or_path = str(values.pop("_name_or_path", "") or values.pop("name_or_path", ""))
+        num_labels = values.pop("num_labels", None)
+        id2label = values.pop("id2label", None)
+        if num_labels is not None and len(id2label or {}) != num_labels:
+            id2label = None
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
+            values.pop("label2id", None)
+        self.id2label = {int(i): label for i, label in id2label.items()}
+        self.label2id = values.pop("label2id", None) or {label: i for i, label in self.id2label.items()}
+        for key, value in values.items():
+            setattr(self, key, value)
+        self._complete()
+
+    def _complete(self) -> None:
+        """Fill the settings that follow from others."""
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes of a classification head."""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        self.id2label = {i: f"LABEL_{i}" for i in range(count)}
+        self.label2id = {label: i for i, label in self.id2label.items()}
+
+    @property
+    def _name_or_path(self) -> str:
+        """HF's older spelling of `name_or_path`."""
+        return self.name_or_path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Read a setting that may be absent."""
+        return getattr(self, key, default)
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Overwrite settings in place."""
+        for key, value in values.items():
+            setattr(self, key, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as HF writes them, `model_type` included."""
+        values = {key: copy.deepcopy(value) for key, value in vars(self).items() if key != "name_or_path"}
+        return {**values, "model_type": self.model_type, "_name_or_path": self.name_or_path}
+
+    def to_json_string(self) -> str:
+        """Return the text of `config.json`; the same settings give the same bytes."""
+        values = {key: value for key, value in self.to_dict().items() if key != "_name_or_path"}
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `config.json` into `folder`, which is made if need be."""
+        os.makedirs(folder, exist_ok=True)
+        with atomic_write(os.path.join(folder, CONFIG_FILE)) as path:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(self.to_json_string())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> ModelConfig:
+        """Build the config of the family that `values["model_type"]` names.
+
+        Raises:
+            ValueError: the family is not built here, or is not the one that this class stands for.
+        """
+        found = values.get("model_type") or cls.model_type
+        if cls.model_type and found != cls.model_type:
+            raise ValueError(
+                f"{cls.__name__} reads configs of model_type '{cls.model_type}', but this config.json says '{found}'. "
+                f"Use AutoConfig, or the class of that family."
+            )
+        return config_class(found)(**{**values, **overrides})
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> ModelConfig:
+        """Read `config.json` from a local folder or a Hub repository.
+
+        Args:
+            name_or_path: a folder, or a Hub id such as "Qwen/Qwen3-0.6B".
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder` go to the Hub; all others
+                override settings of the file.
+
+        Raises:
+            FileNotFoundError: there is no `config.json`.
+            ValueError: it is not JSON, or its `model_type` is not supported.
+        """
+        folder, overrides = resolve_folder(name_or_path, [CONFIG_FILE], kwargs)
+        values = read_json(os.path.join(folder, CONFIG_FILE))
+        return cls.from_dict({**values, "_name_or_path": str(name_or_path)}, **overrides)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelConfig) and self.to_dict() == other.to_dict()
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON object from `path`; a broken file is named in the error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the text is not a JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not valid JSON ({error}). Download or write it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"'{path}' should hold a JSON object, but holds a {type(values).__name__}.")
+    return values
+
+
+class DecoderConfig(ModelConfig):
+    """What the decoder families share: head counts and the window of each layer."""
+
+    def _complete(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
+    def window(self, layer: int) -> int | None:
+        """Return how many tokens back layer number `layer` may look (itself included), or None for all."""
+        return None
+
+
+class LlamaConfig(DecoderConfig):
+    """Llama 1 to 3.x (Touvron et al. 2023, arXiv:2302.13971; Grattafiori et al. 2024, arXiv:2407.21783)."""
+
+    model_type = "llama"
+    defaults: ClassVar = {
+        **_DECODER,
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "vocab_size": 32000,
+    }
+
+
+class MistralConfig(DecoderConfig):
+    """Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window in every layer."""
+
+    model_type = "mistral"
+    defaults: ClassVar = {
+        **_DECODER,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "vocab_size": 32000,
+    }
+
+    def window(self, layer: int) -> int | None:
+        """Every layer has the same window."""
+        return self.sliding_window
+
+
+class Qwen2Config(DecoderConfig):
+    """Qwen2 and Qwen2.5 (Yang et al. 2024, arXiv:2407.10671): Llama with biases on q, k and v."""
+
+    model_type = "qwen2"
+    defaults: ClassVar = {
+        **_DECODER,
+        "intermediate_size": 22016,
+        "layer_types": None,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+
+    def _complete(self) -> None:
+        super()._complete()
+        if not self.use_sliding_window:
+            self.sliding_window = None
+        if self.layer_types is None:
+            full = self.num_hidden_layers if self.sliding_window is None else self.max_window_layers
+            self.layer_types = [
+                "full_attention" if layer < full else "sliding_attention" for layer in range(self.num_hidden_layers)
+            ]
+
+    def window(self, layer: int) -> int | None:
+        """`layer_types` tells which layers have the window."""
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+
+
+class Qwen3Config(Qwen2Config):
+    """Qwen3, dense (Yang et al. 2025, arXiv:2505.09388): RMS norms on the heads of q and k, a free `head_dim`."""
+
+    model_type = "qwen3"
+    defaults: ClassVar = {**Qwen2Config.defaults, "attention_bias": False, "head_dim": 128}
+
+
+class BertConfig(ModelConfig):
+    """BERT (Devlin et al. 2018, arXiv:1810.04805)."""
+
+    model_type = "bert"
+    defaults: ClassVar = {
+        "attention_probs_dropout_prob": 0.1,
+        "classifier_dropout": None,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 0,
+        "position_embedding_type": "absolute",
+        "type_vocab_size": 2,
+        "vocab_size": 30522,
+    }
+
+
+_FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, BertConfig)
+CONFIG_CLASSES = {family.model_type: family for family in _FAMILIES}
+
+
+def config_class(model_type: str | None) -> type[ModelConfig]:
+    """Return the config class of a family.
+
+    Raises:
+        ValueError: no such family is built here; the message lists those that are.
+    """
+    if model_type not in CONFIG_CLASSES:
+        raise ValueError(
+            f"model_type '{model_type}' is not built in msft_peft.models; supported: {', '.join(CONFIG_CLASSES)}. "
+            f"A model from another library (mindnlp, MindFormers) can be given to get_peft_model as it is."
+        )
+    return CONFIG_CLASSES[model_type]

@@ -1,0 +1,5 @@
+"""Text generation."""
+
+
+class GenerationMixin:
+    """`generate` for models with scores over the vocabulary."""

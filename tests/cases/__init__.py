@@ -1,0 +1,107 @@
+"""What the contract is tested on: for each method, a table of models and configs in the module of its name."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from msft_peft import PeftConfig, PeftModel, get_peft_model
+from msft_peft.registry import METHODS, Method
+from tests.tolerances import array
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a config, and what must come of them, said by hand.
+
+    Attributes:
+        note: what is special; the test's id.
+        net: makes the base model.
+        settings: the config's arguments.
+        targets: paths of the layers that are adapted.
+        whole: paths of the layers that are trained whole, as copies.
+        trains: the base model's own parameters that are trained in place (biases).
+        identity: False if these settings change the outputs at once, whatever the method's default.
+        merges: False if a layer here cannot be merged, though the method can.
+        method: filled in by `all_cases`.
+    """
+
+    note: str
+    net: Callable[[], nn.Cell]
+    settings: dict[str, Any]
+    targets: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+    trains: tuple[str, ...] = ()
+    identity: bool = True
+    merges: bool = True
+    method: Method = field(default=None, repr=False)  # type: ignore[assignment]
+
+    @property
+    def can_merge(self) -> bool:
+        return self.method.merges and self.merges
+
+    def base(self) -> nn.Cell:
+        """The base model; the same weights each time."""
+        ms.set_seed(5)
+        return self.net().set_train(False)
+
+    def config(self, **changes: Any) -> PeftConfig:
+        return self.method.config(**self.settings | changes)
+
+    def adapted(self, name: str = "default", base: nn.Cell | None = None, **changes: Any) -> PeftModel:
+        """The base model with one adapter, whose weights are random and large enough to matter."""
+        model = get_peft_model(base or self.base(), self.config(**changes), adapter_name=name)
+        shake(weights_of(model, name))
+        return model
+
+    def pair(self) -> PeftModel:
+        """The base model with two adapters, "one" (active) and "two"; neither trains a bias, which two cannot."""
+        unbiased = {"bias": "none"} if "bias" in self.settings else {}
+        model = self.adapted("one", **unbiased)
+        model.add_adapter("two", self.config(**unbiased))
+        shake(weights_of(model, "two"), seed=2)
+        return model
+
+
+def all_cases() -> list[Case]:
+    """The cases of every registered method: each method has a module of cases, or this fails."""
+    return [
+        replace(case, method=method, note=f"{name.lower()}-{case.note}")
+        for name, method in sorted(METHODS.items())
+        for case in importlib.import_module(f"tests.cases.{name.lower()}").CASES
+    ]
+
+
+def weights_of(model: nn.Cell, adapter: str) -> list[Parameter]:
+    """The parameters that bear the adapter's name. No layer of the test models is called like an adapter."""
+    return [p for p in model.get_parameters() if adapter in p.name.split(".")]
+
+
+def shake(parameters: Iterable[Parameter], seed: int = 1) -> None:
+    """Add noise of scale 0.3, in place."""
+    rng = np.random.default_rng(seed)
+    for p in parameters:
+        noise = 0.3 * rng.standard_normal(p.shape)
+        p.copy_(Tensor((array(p) + noise).astype(array(p).dtype)))
+
+
+@contextlib.contextmanager
+def in_pynative() -> Iterator[None]:
+    """PyNative mode inside the block: for results to compare with, without a compilation."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=mode)
+
+
+def output(model: nn.Cell, x: Tensor | None = None) -> np.ndarray:
+    """What the model makes of its own sample (or of x), computed in PyNative."""
+    with in_pynative():
+        return array(model(model.sample() if x is None else x))

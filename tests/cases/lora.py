@@ -1,0 +1,80 @@
+"""LoRA: every kind of layer and container, and every option that is built."""
+
+from functools import partial
+
+import mindspore as ms
+
+from tests import nets
+from tests.cases import Case
+
+QV = ("layers.0.attn.q", "layers.0.attn.v", "layers.1.attn.q", "layers.1.attn.v")
+ALL_LINEAR = tuple(f"layers.{i}.{leaf}" for i in (0, 1) for leaf in ("attn.q", "attn.v", "mlp.0", "mlp.2")) + ("head",)
+BIASES = tuple(
+    f"layers.{i}.{leaf}" for i in (0, 1) for leaf in ("norm.beta", "attn.v.bias", "mlp.0.bias", "mlp.2.bias")
+)
+Q_BIASES = ("layers.0.attn.q.base_layer.bias", "layers.1.attn.q.base_layer.bias")
+
+
+def lora(target_modules: object, **settings: object) -> dict[str, object]:
+    return {"r": 2, "lora_alpha": 4, "target_modules": target_modules, **settings}
+
+
+def conv(dims: int, **settings: object) -> partial:
+    return partial(nets.Conv, dims, **settings)
+
+
+PAD_2D = {"pad_mode": "pad", "padding": (1, 0, 2, 1)}
+PAD_3D = {"pad_mode": "pad", "padding": (1, 0, 2, 1, 0, 1)}
+
+CASES = (
+    Case("dense", nets.Dense, lora(["lin0", "lin1"]), ("lin0", "lin1")),
+    Case("one-layer", nets.Dense, lora(["lin1"], r=1), ("lin1",)),
+    Case("fused-activation", nets.FusedDense, lora(["lin0", "lin1"]), ("lin0", "lin1")),
+    Case("mint-linear", nets.MintLinear, lora(["lin0", "lin1"]), ("lin0", "lin1")),
+    Case("embedding", nets.Embedding, lora(["emb", "lin"]), ("emb", "lin")),
+    Case("conv1d", conv(1, pad_mode="pad", padding=2, stride=2, has_bias=True), lora(["conv"]), ("conv",)),
+    Case("conv1d-dilated", conv(1, pad_mode="valid", dilation=2), lora(["conv"]), ("conv",)),
+    Case("conv2d-asymmetric", conv(2, stride=(1, 2), has_bias=True, **PAD_2D), lora(["conv"]), ("conv",)),
+    Case("conv2d-dilated", conv(2, kernel=(3, 2), pad_mode="valid", dilation=2), lora(["conv"]), ("conv",)),
+    Case("conv2d-same", conv(2, stride=2), lora(["conv"]), ("conv",)),
+    Case("conv2d-grouped", conv(2, channels=(4, 4), group=2), lora(["conv"]), ("conv",), merges=False),
+    Case("conv3d-asymmetric", conv(3, stride=(1, 2, 1), **PAD_3D), lora(["conv"]), ("conv",)),
+    Case("hf-conv1d", nets.Gpt2, lora(["c_attn", "c_proj"], fan_in_fan_out=True), ("c_attn", "c_proj")),
+    Case("blocks", nets.Blocks, lora(["q", "v"]), QV),
+    Case("all-linear", nets.Blocks, lora("all-linear"), ALL_LINEAR),
+    Case("regex", nets.Blocks, lora(r"layers\.\d\.(attn\.q|mlp\.2)"), (QV[0], "layers.0.mlp.2", QV[2], "layers.1.mlp.2")),
+    Case("one-block", nets.Blocks, lora(["q", "v"], layers_to_transform=1, layers_pattern="layers"), QV[2:]),
+    Case("sequential", nets.Sequential, lora(["0", "2.up", "down"]), ("0", "2.up", "2.down")),
+    Case("containers", nets.Containers, lora(["0", "stack.1", "left"]), ("stack.0", "stack.1", "named.left")),
+    Case("head", nets.Classifier, lora(["backbone"], modules_to_save=["classifier"]), ("backbone",), ("classifier",)),
+    Case("task", nets.Classifier, lora(["backbone"], task_type="SEQ_CLS"), ("backbone",), ("classifier",)),
+    Case("bias-all", nets.Blocks, lora(["q"], bias="all"), QV[::2], trains=(*Q_BIASES, *BIASES, "head.bias")),
+    Case("bias-lora-only", nets.Blocks, lora(["q"], bias="lora_only"), QV[::2], trains=Q_BIASES),
+    Case(
+        "bias-and-head",
+        nets.Classifier,
+        lora(["backbone"], bias="all", modules_to_save=["classifier"]),
+        ("backbone",),
+        ("classifier",),
+        trains=("backbone.base_layer.bias",),
+    ),
+    Case(
+        "patterns",
+        nets.Blocks,
+        lora(["q", "v"], use_rslora=True, rank_pattern={"layers.0.attn.q": 3}, alpha_pattern={"v": 7, "^.*q$": 1}),
+        QV,
+    ),
+    Case("dropout", nets.Dense, lora(["lin0"], lora_dropout=0.5), ("lin0",)),
+    Case("gaussian", nets.Dense, lora(["lin0"], init_lora_weights="gaussian"), ("lin0",)),
+    Case("random", nets.Dense, lora(["lin0", "lin1"], init_lora_weights=False), ("lin0", "lin1"), identity=False),
+    Case("tied", nets.Tied, lora(["lin"]), ("lin",)),
+    Case("float16", partial(nets.Dense, ms.float16), lora(["lin0", "lin1"]), ("lin0", "lin1")),
+    Case("float16-embedding", partial(nets.Embedding, ms.float16), lora(["emb"]), ("emb",)),
+    Case(
+        "float16-head",
+        partial(nets.Classifier, ms.float16),
+        lora(["backbone"], modules_to_save=["classifier"]),
+        ("backbone",),
+        ("classifier",),
+    ),
+)

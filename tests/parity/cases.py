@@ -1,0 +1,164 @@
+"""What is compared: nets, configs, inputs and tolerances. No torch and no MindSpore in here."""
+
+import re
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# One table for the whole suite. float32 on both sides; the sums are short, so a few ulps are all that may differ.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "output": {"atol": 1e-5, "rtol": 1e-5},
+    "loss": {"atol": 1e-5, "rtol": 1e-5},
+    "gradient": {"atol": 1e-5, "rtol": 1e-5},
+    "weight": {"atol": 1e-6, "rtol": 1e-6},
+    "half": {"atol": 4e-3, "rtol": 4e-3},
+    # Whole language models: more and longer sums, and ops.exp in MindSpore has a relative error of 5e-6.
+    "model output": {"atol": 5e-5, "rtol": 5e-5},
+    "model gradient": {"atol": 5e-5, "rtol": 5e-4},
+    "trajectory": {"atol": 1e-4, "rtol": 1e-4},
+}
+
+
+def same(kind: str, ours: Any, theirs: Any, what: str = "") -> None:
+    """Assert that whole tensors agree within the tolerance of their kind."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, f"{what or kind}: shape {ours.shape}, HF has {theirs.shape}"
+    np.testing.assert_allclose(ours, theirs, **TOLERANCES[kind], err_msg=what or kind)
+
+
+def same_dicts(kind: str, ours: dict[str, Any], theirs: dict[str, Any], what: str = "") -> None:
+    """Assert that two sets of named tensors have the same names and agree."""
+    assert sorted(ours) == sorted(theirs), f"{what or kind}: {set(ours) ^ set(theirs)} on one side only"
+    for name, value in ours.items():
+        same(kind, value, theirs[name], f"{what or kind} {name}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net and a LoraConfig.
+
+    Attributes:
+        name: also the golden's folder.
+        net: name of the net in `cells.NETS` and `modules.NETS`.
+        config: arguments of LoraConfig.
+        merges: False where neither library can merge.
+    """
+
+    name: str
+    net: str
+    config: dict[str, Any] = field(hash=False)
+    merges: bool = True
+
+    def rng(self, seed: int = 0) -> np.random.Generator:
+        return np.random.default_rng([zlib.crc32(self.name.encode()), seed])
+
+
+def case(name: str, net: str, *targets: str, merges: bool = True, **config: Any) -> Case:
+    defaults = {"r": 4, "lora_alpha": 6}
+    return Case(name, net, defaults | ({"target_modules": list(targets)} if targets else {}) | config, merges)
+
+
+CASES = {
+    c.name: c
+    for c in [
+        case("linear", "mlp", "lin0", "lin1"),
+        case("linear_rslora", "mlp", "lin0", "out", r=3, use_rslora=True),
+        case("linear_bias_all", "mlp", "lin0", bias="all"),
+        case("linear_bias_lora_only", "mlp", "lin0", "lin1", bias="lora_only"),
+        case(
+            "linear_patterns",
+            "mlp",
+            "lin0",
+            "lin1",
+            "out",
+            rank_pattern={"lin[1]": 2, "out": 3},
+            alpha_pattern={"lin0": 9, "o.t": 2},
+            init_lora_weights="gaussian",
+        ),
+        case("linear_regex", "mlp", target_modules="lin.|out", exclude_modules=["lin1"], lora_dropout=0.25),
+        case("linear_init_false", "mlp", "lin1", init_lora_weights=False, lora_alpha=3),
+        case("dense_activation", "dense_activation", "lin0", "out"),
+        case("mint_linear", "mint_linear", "lin0", "out"),
+        case("embedding", "embedding", "emb", "lin"),
+        case("conv1d", "conv1d", "conv0", "lin"),
+        case("conv1d_groups", "conv1d", "conv1", merges=False),
+        case("conv2d", "conv2d", "conv0", "lin"),
+        case("conv2d_groups", "conv2d", "conv0", "conv1", merges=False),
+        case("conv3d", "conv3d", "conv0"),
+        case("conv3d_groups", "conv3d", "conv1", r=2, merges=False),
+        case("hf_conv1d", "gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+        case("blocks_layers", "blocks", "q_proj", "v_proj", layers_to_transform=[1], layers_pattern="layers"),
+        case("blocks_all_linear", "blocks", target_modules="all-linear", r=2),
+        case("blocks_modules_to_save", "blocks", "q_proj", modules_to_save=["classifier", "norm", "embed_tokens"]),
+        case("blocks_seq_cls", "blocks", "v_proj", task_type="SEQ_CLS"),
+        case("blocks_token_cls_bias", "blocks", "up", "down", task_type="TOKEN_CLS", bias="lora_only", r=2),
+        case("blocks_feature", "blocks", "k_proj", "embed_tokens", task_type="FEATURE_EXTRACTION"),
+    ]
+}
+
+_SHAPES = {
+    "mlp": (3, 6),
+    "dense_activation": (3, 6),
+    "mint_linear": (3, 6),
+    "conv1d": (2, 4, 9),
+    "conv2d": (2, 4, 7, 5),
+    "conv3d": (2, 4, 3, 5, 4),
+    "gpt2": (2, 3, 6),
+}
+_TOKENS = {"embedding": 11, "blocks": 13}
+
+
+@dataclass
+class Record:
+    """What a library makes of a net with an adapter.
+
+    Attributes:
+        output, loss: of a fixed batch, in evaluation mode.
+        gradients: of everything that trains, by key in HF's files.
+        trainable, total: parameter counts.
+        text: what `print_trainable_parameters` prints.
+        merged_output: of the net with the adapter merged; None where that cannot be.
+        merged: the base model's weights after `merge_and_unload`.
+    """
+
+    output: np.ndarray
+    loss: float
+    gradients: dict[str, np.ndarray]
+    trainable: int
+    total: int
+    text: str
+    merged_output: np.ndarray | None = None
+    merged: dict[str, np.ndarray] | None = None
+
+
+def compare(ours: Record, theirs: Record) -> None:
+    """Assert that two records are equal."""
+    same("output", ours.output, theirs.output)
+    same("loss", ours.loss, theirs.loss)
+    same_dicts("gradient", ours.gradients, theirs.gradients)
+    assert (ours.trainable, ours.total, ours.text) == (theirs.trainable, theirs.total, theirs.text)
+    if theirs.merged_output is not None:
+        same("output", ours.merged_output, theirs.merged_output, "merged output")
+        same("output", ours.merged_output, ours.output, "merged output against unmerged")
+        same_dicts("weight", ours.merged, theirs.merged, "merged")
+
+
+def make_input(net: str, rng: np.random.Generator) -> np.ndarray:
+    """A batch for the net of that name."""
+    if net in _TOKENS:
+        return rng.integers(0, _TOKENS[net], (2, 5)).astype(np.int32)
+    return rng.normal(size=_SHAPES[net]).astype(np.float32)
+
+
+def make_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A value for a parameter: neither small nor saturating, and a scale near one for the norms."""
+    value = 0.4 * rng.normal(size=shape)
+    return (1 + value if re.search(r"(norm|ln)\b.*weight$", key) else value).astype(np.float32)
+
+
+def file_key(name: str, adapter: str = "default") -> str:
+    """A parameter's key in HF's adapter files, from its name in a model that holds the adapter."""
+    parts = [part for part in name.split(".") if part not in (adapter, "modules_to_save")]
+    return ".".join(parts)

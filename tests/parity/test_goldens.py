@@ -1,0 +1,97 @@
+"""Against the goldens: what HF peft wrote, and what it computed, without HF peft or torch."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from . import ours
+from .cases import CASES, Record, compare
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+LORA = GOLDENS / "lora"
+
+each_case = pytest.mark.parametrize("name", list(CASES))
+
+
+def golden(name: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, Record]:
+    """(weights of the base, batch, target, HF's record) of a case."""
+    with np.load(LORA / name / "io.npz") as file:
+        arrays = dict(file)
+
+    def below(prefix):
+        return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+    trainable, total = arrays["counts"].tolist()
+    weights = below("weight/")
+    found = Record(arrays["output"], arrays["loss"], below("gradient/"), trainable, total, str(arrays["text"]))
+    if CASES[name].merges:
+        found.merged_output, found.merged = arrays["merged_output"], weights | below("merged/")
+    return weights, arrays["x"], arrays["target"], found
+
+
+def test_the_goldens_are_those_of_the_manifest():
+    manifest = json.loads((GOLDENS / "MANIFEST.json").read_text())
+    found = {
+        str(path.relative_to(GOLDENS)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in LORA.rglob("*")
+        if path.is_file()
+    }
+    assert found == manifest["sha256"]
+    assert sorted(path.name for path in LORA.iterdir()) == sorted(CASES)
+    assert manifest["versions"]["peft"] == "0.21.2"
+
+
+@each_case
+def test_numbers(name, mode):
+    """Outputs, loss, every gradient, merged outputs and weights, counts: HF's, in both modes."""
+    case = CASES[name]
+    weights, x, target, theirs = golden(name)
+    compare(ours.record(ours.load(case, weights, LORA / name), x, target, case.merges), theirs)
+
+
+@each_case
+def test_unmerging_gives_the_weights_back(name):
+    case = CASES[name]
+    weights, _, _, _ = golden(name)
+    model = ours.load(case, weights, LORA / name)
+    before = ours.weights_of(model)
+    if not case.merges:
+        with pytest.raises(ValueError, match="groups=2"):
+            model.merge_adapter()
+    else:
+        model.merge_adapter()
+        merged = ours.weights_of(model)
+        assert any(not np.array_equal(merged[key], value) for key, value in before.items())
+        model.unmerge_adapter()
+    after = ours.weights_of(model)
+    for key, value in before.items():
+        np.testing.assert_allclose(after[key], value, atol=2e-7, err_msg=key)
+
+
+@each_case
+@pytest.mark.parametrize("adapter", ["default", "other"])
+def test_files(name, adapter, tmp_path):
+    """Loaded and saved again, whatever the adapter is called meanwhile: HF's config, and its weights file to the byte."""
+    weights, _, _, _ = golden(name)
+    model = ours.load(CASES[name], weights, LORA / name, adapter_name=adapter)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if adapter == "default" else tmp_path / adapter
+    assert ours.config_in(folder) == ours.config_in(LORA / name)
+    tensors, metadata = ours.tensors_of(folder / "adapter_model.safetensors")
+    wanted, _ = ours.tensors_of(LORA / name / "adapter_model.safetensors")
+    assert tensors == wanted
+    assert metadata == {"format": "pt"}
+    assert (folder / "adapter_model.safetensors").read_bytes() == (LORA / name / "adapter_model.safetensors").read_bytes()
+
+
+@each_case
+def test_the_checkpoint_beside_is_as_good(name, tmp_path):
+    """MindSpore's own adapter_model.ckpt holds the same adapter."""
+    weights, x, target, theirs = golden(name)
+    ours.load(CASES[name], weights, LORA / name).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    model = ours.load(CASES[name], weights, tmp_path)
+    compare(ours.record(model, x, target, merge=False), Record(**vars(theirs) | {"merged_output": None}))
