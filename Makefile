@@ -13,6 +13,7 @@ WORKERS ?= 2
 
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3 python3.11 python3.12 python3.10 python)
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+WHOLE := import sys, pip; sys.exit(sys.prefix == sys.base_prefix)
 PINS := pyproject.toml $(wildcard requirements/*.txt)
 BIN := .venv/bin
 comma := ,
@@ -20,7 +21,7 @@ comma := ,
 # $(call install,VENV,EXTRA,PINS): make VENV if it is not there or broken; install the project into it, editable, with
 # EXTRA, at the versions in requirements/PINS.txt. Candidates are run, not looked up: a shim may exist for no Python.
 define install
-@if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then found=; \
+@if ! $(1)/bin/python -c '$(WHOLE)' >/dev/null 2>&1; then found=; \
   for python in $(CANDIDATES); do \
     if "$$python" -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$python; break; fi; \
   done; \

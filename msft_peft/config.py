@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from enum import Enum
@@ -35,7 +36,7 @@ class PeftConfig:
         task_type: a `TaskType` or its name; None for a model that is none of them.
         peft_type: the method; fixed by the class.
         auto_mapping: where to import the base model from, written on saving when `task_type` is None.
-        peft_version: version of HF peft whose format a file follows.
+        peft_version: version of HF peft whose format this follows; the one that is matched by default.
         base_model_name_or_path: the base model that the adapter was made for.
         revision: of the base model.
         inference_mode: the adapter is loaded frozen.
@@ -58,6 +59,7 @@ class PeftConfig:
             raise ConfigError(
                 f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {', '.join(names)}."
             )
+        self.peft_version = self.peft_version or HF_PEFT_VERSION
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -73,13 +75,10 @@ class PeftConfig:
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`: HF's keys, sorted, so that equal configs give equal bytes."""
-        fields = self.to_dict() | {"inference_mode": True, "peft_version": self.peft_version or HF_PEFT_VERSION}
-        return json.dumps(fields, indent=2, sort_keys=True)
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `adapter_config.json` into `save_directory`, atomically.
-
-        The file says `inference_mode: true`, as HF's does; the config in memory keeps its own value.
 
         Raises:
             NotADirectoryError: the path is a file.
@@ -95,7 +94,14 @@ class PeftConfig:
         Raises:
             ConfigError: no or an unknown `peft_type`, or a value that the class refuses; `origin` is named.
         """
-        fields = {key: value for key, value in fields.items() if key != "runtime_config"}
+        if "runtime_config" in fields:
+            warnings.warn(
+                f"{origin} contains a `runtime_config` key. This is ignored. Runtime configurations are only valid at "
+                "runtime.",
+                PeftWarning,
+                stacklevel=3,
+            )
+            fields = {key: value for key, value in fields.items() if key != "runtime_config"}
         found = cls._class_for(fields.get("peft_type", cls.peft_type), origin)
         known = {f.name for f in dataclasses.fields(found) if f.init}
         unknown = sorted(set(fields) - known)
@@ -140,9 +146,13 @@ class PeftConfig:
         Raises:
             ConfigError: the file is missing ("Can't find 'adapter_config.json' at ..."), broken or of unknown type.
         """
-        path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        where = f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'"
+        try:
+            path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{where}: {error}") from error
         if path is None:
-            raise ConfigError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
+            raise ConfigError(where)
         return cls.from_dict(cls.from_json_file(path), origin=str(path))
 
     @classmethod
@@ -151,7 +161,7 @@ class PeftConfig:
         if peft_type is None:
             raise ConfigError(f"{origin} names no 'peft_type', so nothing says which method it configures")
         by_type = {sub.peft_type: sub for sub in _subclasses(PeftConfig) if sub.peft_type is not None}
-        if peft_type not in by_type:
+        if not isinstance(peft_type, str) or peft_type not in by_type:
             raise ConfigError(
                 f"{origin} has peft_type={peft_type!r}, which this version does not have; it has {sorted(by_type)}"
             )
@@ -182,19 +192,32 @@ class TargetedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 # HF keeps these as sets, whose order changes from run to run, and its files with it.
                 setattr(self, name, sorted(set(value)))
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_regex(name, getattr(self, name))
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+def check_regex(where: str, pattern: str) -> None:
+    """Raise ConfigError, naming the field, if `pattern` is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"`{where}`: {pattern!r} is no valid regular expression: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -166,11 +166,11 @@ class Block(nn.Cell):
         super().__init__()
         self.norm = nn.LayerNorm((dim,), epsilon=1e-5)
         self.attn = Attention(dim)
-        self.mlp = nn.SequentialCell(nn.Dense(dim, 6), nn.ReLU(), nn.Dense(6, dim))
+        self.mlp = nn.Dense(dim, dim)
 
     def construct(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm(x))
-        return x + self.mlp(x)
+        return self.mlp(ops.relu(x))
 
 
 class Blocks(nn.Cell):

@@ -120,7 +120,8 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     config = copy.deepcopy(config)
     assert isinstance(config, TargetedConfig)
     cells = outer_cells(model)
-    config.target_modules = resolve_targets(config, method, model, cells)
+    targets = resolve_targets(config, method, model, cells)
+    config.target_modules = targets if isinstance(targets, str) else sorted(targets)
     sites = _sites(method, cells, match_targets(config, cells))
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
@@ -305,11 +306,12 @@ def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[
 
 def _say_paths(config: TargetedConfig, modules: dict[str, nn.Cell], cells: dict[str, nn.Cell]) -> None:
     """Write whole paths into `modules_to_save` where HF, for which a name is any end of a path, would take more."""
-    names: set[str] = set()
+    names: list[str] = []
     for name in config.modules_to_save or []:
-        here = {path for path in modules if matches_name(path, [name])}
-        names |= here if here != {path for path in cells if path.endswith(name)} and here else {name}
-    config.modules_to_save = sorted(names) if names else config.modules_to_save
+        here = [path for path in modules if matches_name(path, [name])]
+        in_hf = [path for path in cells if path.endswith(name)]
+        names += here if here and len(here) < len(in_hf) else [name]
+    config.modules_to_save = list(dict.fromkeys(names)) or config.modules_to_save
 
 
 def lies_inside(path: str, others: Iterable[str]) -> bool:

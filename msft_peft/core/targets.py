@@ -93,7 +93,8 @@ def match_targets(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> list[
             stacklevel=2,
         )
     for field in ("rank_pattern", "alpha_pattern"):
-        unmatched = [p for p in getattr(config, field, {}) if not any(_pattern_matches(p, path) for path in kept)]
+        patterns = sorted(getattr(config, field, {}))
+        unmatched = [p for p in patterns if not any(_pattern_matches(p, path) for path in kept)]
         if unmatched:
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {unmatched}.",
@@ -113,8 +114,8 @@ def _names(targets: Sequence[str] | str, path: str) -> bool:
 
 def _is_wanted(config: TargetedConfig, path: str) -> bool:
     targets = config.target_modules or []
-    if isinstance(targets, str) or config.layers_to_transform in (None, []):
-        return _names(targets, path)
+    if isinstance(targets, str) or config.layers_to_transform in (None, []) or path in targets:
+        return _names(targets, path)  # a whole path says which layer it means
     return matches_name(path, targets) and _layer_index(config, path) in _as_list(config.layers_to_transform)
 
 

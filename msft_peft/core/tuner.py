@@ -105,6 +105,9 @@ class Tuner(nn.Cell):
         names = self.require(adapter_names)
         for _, wrapper in wrappers(self.model):
             wrapper.set_requires_grad(names, requires_grad)
+        for name in names:
+            for bias in inject.adapter_in(self.model, name).biases(self.model).values():
+                bias.parameter.requires_grad = requires_grad
         drop_compiled()
 
     def enable_adapter_layers(self) -> None:

@@ -130,6 +130,12 @@ def model_config(model: nn.Cell) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else {"model_type": "custom"}
 
 
+def input_table(model: nn.Cell) -> nn.Cell | None:
+    """The layer that turns tokens into vectors, if the model names it (`get_input_embeddings`)."""
+    get = getattr(model, "get_input_embeddings", None)
+    return get() if callable(get) else None
+
+
 def output_head(model: nn.Cell) -> nn.Cell | None:
     """The layer that turns hidden states into logits, if the model names it (`get_output_embeddings`)."""
     get = getattr(model, "get_output_embeddings", None)

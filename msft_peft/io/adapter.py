@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 
 from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.files import fetch, replacing
-from msft_peft.backend.tree import Named
+from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig
 from msft_peft.core.inject import Adapter
-from msft_peft.core.layer import outer_cells
+from msft_peft.core.layer import ModulesToSaveWrapper, Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import LoadError, PeftWarning
+from msft_peft.hosts import input_table, output_head
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 CKPT_NAME = "adapter_model.ckpt"
@@ -152,6 +153,9 @@ def match_tensors(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Match:
     """Compare a file's tensors with what `adapter` needs, in the model or still outside it; nothing is written."""
     entries = {PREFIX + key: named for key, named in adapter.entries(model).items()}
     arrays = _by_key(tensors, adapter, model)
+    # A file may also carry the base model's embeddings, see `embeddings_of`.
+    carried = {PREFIX + key: named for key, named in embeddings_of(model, adapter).items()}
+    entries |= {key: named for key, named in carried.items() if key in arrays}
     fitting, misshapen = [], []
     for key in sorted(entries.keys() & arrays.keys()):
         found, wanted = tuple(arrays[key].shape), entries[key].shape
@@ -178,7 +182,25 @@ def with_copies_in(tensors: Tensors, config: PeftConfig, model: nn.Cell) -> Peft
         if path.endswith(tuple(names)) and any(key.startswith(f"{PREFIX}{path}.") for key in tensors.arrays)
     }
     extra = {path for path in held if not matches_name(path, names)}
-    return replace(config, modules_to_save=[*names, *extra])  # type: ignore[call-arg]
+    return replace(config, modules_to_save=[*names, *sorted(extra)])  # type: ignore[call-arg]
+
+
+def embeddings_of(model: nn.Cell, adapter: Adapter) -> dict[str, Named]:
+    """The weights of the base model's input and output embeddings, by their keys in a file of `adapter`.
+
+    HF's files hold them where the adapter targets those layers, or the vocabulary was resized.
+    """
+    found = {}
+    cells = {id(cell): path for path, cell in outer_cells(model).items()}
+    for layer in (input_table(model), output_head(model)):
+        if layer is None or id(layer) not in cells or isinstance(layer, ModulesToSaveWrapper):
+            continue
+        path, base = cells[id(layer)], layer.base() if isinstance(layer, Wrapper) else layer
+        inner = f"{path}.base_layer" if path in adapter.patches else path
+        for named in named_parameters(base, inner):
+            if named.key.endswith(".weight"):
+                found[named.key] = named
+    return found
 
 
 def _by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.ndarray]:

@@ -3,19 +3,20 @@
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mindspore import nn
 
-from msft_peft.backend.tree import inherit_mode
+from msft_peft.backend.tree import Named, inherit_mode
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core import inject
 from msft_peft.core.tuner import Tuner
-from msft_peft.errors import AdapterNameError, ConfigError
+from msft_peft.errors import AdapterNameError, ConfigError, PeftWarning
 from msft_peft.hosts import model_config
-from msft_peft.io.adapter import match_tensors, read_tensors, save_tensors, with_copies_in
+from msft_peft.io.adapter import embeddings_of, match_tensors, read_tensors, save_tensors, with_copies_in
 from msft_peft.io.card import write_card
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
@@ -70,7 +71,7 @@ class PeftModel(nn.Cell):
         """The adapter, still outside the model, with the heads of this task among what it trains whole."""
         if isinstance(config, PeftConfig) and self.heads and hasattr(config, "modules_to_save"):
             config = copy.deepcopy(config)
-            config.modules_to_save = sorted({*(config.modules_to_save or []), *self.heads})
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
         return inject.prepare(model, config, name, autocast)
 
     def _install(self, model: nn.Cell, adapter: inject.Adapter) -> None:
@@ -189,6 +190,7 @@ class PeftModel(nn.Cell):
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
     ) -> None:
         """Write the adapters: weights in both formats, config and model card; trainable weights alone.
@@ -200,6 +202,8 @@ class PeftModel(nn.Cell):
             save_directory: made if it is not there.
             safe_serialization: must be True: torch's pickles are not written.
             selected_adapters: which; all by default.
+            save_embedding_layers: True adds the base model's input and output embeddings (do so if you resized them);
+                "auto" those of them that the adapter targets, as HF does; False none.
             is_main_process: False writes nothing (the other workers of a distributed run).
 
         Raises:
@@ -224,7 +228,7 @@ class PeftModel(nn.Cell):
         for name in names:
             adapter = inject.adapter_in(base, name)
             directory = Path(save_directory) / ("" if name == ROOT_ADAPTER else name)
-            entries = adapter.entries(base)
+            entries = adapter.entries(base) | self._embeddings_to_save(adapter, save_embedding_layers)
             save_tensors(directory, name, entries)
             self._config_to_save(adapter.config).save_pretrained(directory)
             sizes.append(sum(named.parameter.size for named in entries.values()))
@@ -335,13 +339,39 @@ class PeftModel(nn.Cell):
                 f"{getattr(config, 'peft_type', type(config))}."
             )
 
+    def _embeddings_to_save(self, adapter: inject.Adapter, wanted: bool | str) -> dict[str, Named]:
+        if wanted is False:
+            return {}
+        found = embeddings_of(self.get_base_model(), adapter)
+        if wanted is True:
+            if not found:
+                warnings.warn(
+                    "Could not identify embedding layer(s): the base model has neither get_input_embeddings nor "
+                    "get_output_embeddings. None is saved.",
+                    PeftWarning,
+                    stacklevel=3,
+                )
+            return found
+        targeted = {
+            key: named for key, named in found.items() if key.removesuffix(".base_layer.weight") in adapter.patches
+        }
+        if targeted:
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        return targeted
+
     def _base_name(self) -> str | None:
         base = self.get_base_model()
         settings = model_config(base)
         return settings.get("_name_or_path") or settings.get("name_or_path") or getattr(base, "name_or_path", None)
 
     def _config_to_save(self, config: PeftConfig) -> PeftConfig:
+        """What the file says: it is read for inference first of all, and names the base model."""
         config = copy.deepcopy(config)
+        config.inference_mode = True
         config.base_model_name_or_path = config.base_model_name_or_path or self._base_name()
         if config.task_type is None:
             kind = type(self.get_base_model())

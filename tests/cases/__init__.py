@@ -77,9 +77,31 @@ def all_cases() -> list[Case]:
     ]
 
 
+def first_cases() -> list[Case]:
+    """One plain case of each method, for what does not depend on the layers."""
+    return list({case.method.name: case for case in reversed(all_cases())}.values())
+
+
+def block_cases() -> list[Case]:
+    """One case of each method with layers some levels down, for what depends on their paths."""
+    nested = [case for case in all_cases() if case.targets[0].count(".") > 1 and not case.trains]
+    return list({case.method.name: case for case in reversed(nested)}.values())
+
+
 def weights_of(model: nn.Cell, adapter: str) -> list[Parameter]:
     """The parameters that bear the adapter's name. No layer of the test models is called like an adapter."""
     return [p for p in model.get_parameters() if adapter in p.name.split(".")]
+
+
+def state_of(net: nn.Cell) -> dict[str, Any]:
+    """All that a failed call must leave as it was: the cells, the parameters, their names, flags and numbers."""
+    return {
+        "cells": [(path, id(cell), cell.training) for path, cell in net.cells_and_names()],
+        "parameters": [(path, id(p), p.name, p.requires_grad) for path, p in net.parameters_and_names()],
+        "numbers": [array(p).tobytes() for p in net.get_parameters()],
+        "config": repr(getattr(net, "peft_config", "none")),
+        "active": getattr(net, "active_adapters", "none"),
+    }
 
 
 def shake(parameters: Iterable[Parameter], seed: int = 1) -> None:

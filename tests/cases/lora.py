@@ -8,11 +8,8 @@ from tests import nets
 from tests.cases import Case
 
 QV = ("layers.0.attn.q", "layers.0.attn.v", "layers.1.attn.q", "layers.1.attn.v")
-ALL_LINEAR = tuple(f"layers.{i}.{leaf}" for i in (0, 1) for leaf in ("attn.q", "attn.v", "mlp.0", "mlp.2")) + ("head",)
-BIASES = tuple(
-    f"layers.{i}.{leaf}" for i in (0, 1) for leaf in ("norm.beta", "attn.v.bias", "mlp.0.bias", "mlp.2.bias")
-)
-Q_BIASES = ("layers.0.attn.q.base_layer.bias", "layers.1.attn.q.base_layer.bias")
+BLOCK = partial(nets.Blocks, 1)
+BIASES = ("attn.q.base_layer", "attn.v", "mlp")
 
 
 def lora(target_modules: object, **settings: object) -> dict[str, object]:
@@ -28,7 +25,6 @@ PAD_3D = {"pad_mode": "pad", "padding": (1, 0, 2, 1, 0, 1)}
 
 CASES = (
     Case("dense", nets.Dense, lora(["lin0", "lin1"]), ("lin0", "lin1")),
-    Case("one-layer", nets.Dense, lora(["lin1"], r=1), ("lin1",)),
     Case("fused-activation", nets.FusedDense, lora(["lin0", "lin1"]), ("lin0", "lin1")),
     Case("mint-linear", nets.MintLinear, lora(["lin0", "lin1"]), ("lin0", "lin1")),
     Case("embedding", nets.Embedding, lora(["emb", "lin"]), ("emb", "lin")),
@@ -41,15 +37,21 @@ CASES = (
     Case("conv3d-asymmetric", conv(3, stride=(1, 2, 1), **PAD_3D), lora(["conv"]), ("conv",)),
     Case("hf-conv1d", nets.Gpt2, lora(["c_attn", "c_proj"], fan_in_fan_out=True), ("c_attn", "c_proj")),
     Case("blocks", nets.Blocks, lora(["q", "v"]), QV),
-    Case("all-linear", nets.Blocks, lora("all-linear"), ALL_LINEAR),
-    Case("regex", nets.Blocks, lora(r"layers\.\d\.(attn\.q|mlp\.2)"), (QV[0], "layers.0.mlp.2", QV[2], "layers.1.mlp.2")),
-    Case("one-block", nets.Blocks, lora(["q", "v"], layers_to_transform=1, layers_pattern="layers"), QV[2:]),
+    Case("one-block", nets.Blocks, lora(["q"], layers_to_transform=1, layers_pattern="layers"), QV[2:3]),
+    Case("all-linear", BLOCK, lora("all-linear"), (*QV[:2], "layers.0.mlp", "head")),
+    Case("regex", nets.Containers, lora(r"(stack|named)\.[0-9l].*"), ("stack.0", "stack.1", "named.left")),
     Case("sequential", nets.Sequential, lora(["0", "2.up", "down"]), ("0", "2.up", "2.down")),
-    Case("containers", nets.Containers, lora(["0", "stack.1", "left"]), ("stack.0", "stack.1", "named.left")),
+    Case("containers", nets.Containers, lora(["stack.0", "1", "left"]), ("stack.0", "stack.1", "named.left")),
     Case("head", nets.Classifier, lora(["backbone"], modules_to_save=["classifier"]), ("backbone",), ("classifier",)),
     Case("task", nets.Classifier, lora(["backbone"], task_type="SEQ_CLS"), ("backbone",), ("classifier",)),
-    Case("bias-all", nets.Blocks, lora(["q"], bias="all"), QV[::2], trains=(*Q_BIASES, *BIASES, "head.bias")),
-    Case("bias-lora-only", nets.Blocks, lora(["q"], bias="lora_only"), QV[::2], trains=Q_BIASES),
+    Case(
+        "bias-all",
+        BLOCK,
+        lora(["q"], bias="all"),
+        QV[:1],
+        trains=(*(f"layers.0.{owner}.bias" for owner in BIASES), "layers.0.norm.beta", "head.bias"),
+    ),
+    Case("bias-lora-only", BLOCK, lora(["q"], bias="lora_only"), QV[:1], trains=(f"layers.0.{BIASES[0]}.bias",)),
     Case(
         "bias-and-head",
         nets.Classifier,
@@ -60,12 +62,11 @@ CASES = (
     ),
     Case(
         "patterns",
-        nets.Blocks,
+        BLOCK,
         lora(["q", "v"], use_rslora=True, rank_pattern={"layers.0.attn.q": 3}, alpha_pattern={"v": 7, "^.*q$": 1}),
-        QV,
+        QV[:2],
     ),
     Case("dropout", nets.Dense, lora(["lin0"], lora_dropout=0.5), ("lin0",)),
-    Case("gaussian", nets.Dense, lora(["lin0"], init_lora_weights="gaussian"), ("lin0",)),
     Case("random", nets.Dense, lora(["lin0", "lin1"], init_lora_weights=False), ("lin0", "lin1"), identity=False),
     Case("tied", nets.Tied, lora(["lin"]), ("lin",)),
     Case("float16", partial(nets.Dense, ms.float16), lora(["lin0", "lin1"]), ("lin0", "lin1")),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from msft_peft import PeftModel, get_peft_model, inject_adapter_in_model
+from msft_peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer
 from tests import nets
-from tests.cases import Case, output
+from tests.cases import Case, output, shake, weights_of
 from tests.tolerances import array, assert_same, differ
 
 PREFIX = "base_model.model."
@@ -23,21 +23,17 @@ def address(p: ms.Parameter) -> int:
 
 def test_a_fresh_adapter_is_the_identity_exactly_if_the_method_says_so(case: Case, mode: str):
     base = case.base()
-    expected = output(base)
+    x, before = base.sample(), output(base)
     model = get_peft_model(base, case.config())
-    actual = array(model(base.sample()))
+    fresh = array(model(x))
     if case.method.identity_at_init and case.identity:
-        assert_same(actual, expected)
+        assert_same(fresh, before)
     else:
-        assert differ(actual, expected)
-
-
-def test_random_weights_change_the_output(case: Case, mode: str):
-    """Without this, most of the other properties would hold for an adapter that does nothing."""
-    model = case.adapted()
-    expected = output(model)
-    assert differ(expected, output(case.base()))
-    assert_same(model(model.sample()), expected)
+        assert differ(fresh, before)
+    # Most other properties would hold for an adapter that does nothing: random weights must change the output.
+    shake(weights_of(model, "default"))
+    assert differ(model(x), before)
+    assert_same(model(x), output(model))
 
 
 def test_exactly_the_adapter_trains(case: Case, mode: str):
@@ -86,16 +82,10 @@ def test_wrapping_a_large_model_takes_little_memory():
     base[0].weight.asnumpy()
     size = base[0].weight.nbytes
     before = resident()
-    model = get_peft_model(base, nets_config())
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=1))
     array(model(nets.floats(1, 4096)))
     assert size == 4096 * 4096 * 4
     assert resident() - before < size / 4
-
-
-def nets_config():
-    from msft_peft import LoraConfig
-
-    return LoraConfig(target_modules=["0"], r=1)
 
 
 def test_parameter_names_are_unique_and_are_paths(case: Case, mode: str):
@@ -104,7 +94,6 @@ def test_parameter_names_are_unique_and_are_paths(case: Case, mode: str):
     names = [p.name for p in model.get_parameters()]
     assert names == paths
     assert len(set(names)) == len(names)
-    assert set(names) == {path.removeprefix("") for path, _ in model.parameters_and_names()}
     assert all(name.startswith(PREFIX) for name in names)
 
 
@@ -159,35 +148,16 @@ def test_a_deep_copy_is_equal_and_independent(case: Case):
     assert_same(output(twin), expected, "exact")
 
 
-def test_the_output_keeps_its_dtype_and_shape(case: Case, mode: str):
-    base = case.base()
-    expected = output(base)
-    actual = array(case.adapted()(base.sample()))
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-
-
 def test_each_layer_keeps_its_own_training_flag():
     base = nets.Norms()
     base.set_train(True)
     base.bn.set_train(False)
-    model = get_peft_model(base, lora_lin())
+    model = get_peft_model(base, LoraConfig(target_modules=["lin"], r=1))
     assert (model.training, base.training, base.lin.training, base.bn.training) == (True, True, True, False)
-
-
-def lora_lin():
-    from msft_peft import LoraConfig
-
-    return LoraConfig(target_modules=["lin"], r=1)
 
 
 def test_a_second_wrap_warns():
     base = nets.Dense()
-    get_peft_model(base, nets_second())
+    get_peft_model(base, LoraConfig(target_modules=["lin0"], r=1))
     with pytest.warns(UserWarning, match="You are trying to modify a model with PEFT for a second time"):
-        get_peft_model(base, nets_second(), adapter_name="other")
-
-
-def nets_second():
-    from msft_peft import LoraConfig
-
-    return LoraConfig(target_modules=["lin0"], r=1)
+        get_peft_model(base, LoraConfig(target_modules=["lin0"], r=1), adapter_name="other")

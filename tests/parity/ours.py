@@ -55,6 +55,11 @@ def create(case: Case, weights: dict[str, np.ndarray], seed: int = 0) -> PeftMod
     return model.set_train(False)
 
 
+def fill(p: ms.Parameter, value: float) -> None:
+    """Write one number everywhere."""
+    p.copy_(ms.Tensor(np.full(p.shape, value, np.float32)))
+
+
 class Loss(nn.Cell):
     """Mean squared error against a fixed target, and the output."""
 
@@ -105,6 +110,12 @@ def tensors_of(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], bytes]
         key: (info["dtype"], tuple(info["shape"]), data[slice(*info["data_offsets"])]) for key, info in header.items()
     }
     return found, metadata
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The float32 tensors of a safetensors file."""
+    tensors, _ = tensors_of(path)
+    return {key: np.frombuffer(data, np.float32).reshape(shape) for key, (_, shape, data) in tensors.items()}
 
 
 def config_in(folder: Path) -> dict:

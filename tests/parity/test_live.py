@@ -29,7 +29,8 @@ def hf_load(the_case: Case, weights, folder, **options) -> HfPeftModel:
 
 
 @each_case
-def test_hf_writes_and_we_read(name, mode, tmp_path):
+def test_hf_writes_and_we_read(name, tmp_path):
+    """In PyNative; test_goldens.py does the same in graph mode too."""
     the_case = CASES[name]
     weights, x, target, hf = theirs.write(the_case, tmp_path, SEED)
     compare(ours.record(ours.load(the_case, weights, tmp_path), x, target, the_case.merges), hf)
@@ -46,7 +47,9 @@ def test_we_write_and_hf_reads_without_a_warning(name, tmp_path):
     compare(ours.record(mine, x, target, the_case.merges), theirs.record(model, x, target, the_case.merges))
     a, b = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert a == b
-    assert ours.config_in(tmp_path / "ours") == ours.config_in(tmp_path / "theirs")
+    mine, hf = (ours.config_in(tmp_path / who) for who in ("ours", "theirs"))
+    # HF's task classes add their heads to those that the file names already, so that it lists them twice.
+    assert mine == hf | {"modules_to_save": hf["modules_to_save"] and sorted(set(hf["modules_to_save"]))}
 
 
 @each_case
@@ -81,7 +84,8 @@ def test_two_adapters(mode, tmp_path):
     outputs = []
 
     def both_sides(what, change):
-        change(hf), change(mine)
+        for model in (hf, mine):
+            change(model)
         with torch.no_grad():
             outputs.append(mine(ms.Tensor(x)).asnumpy())
             same("output", outputs[-1], theirs.forward(hf, x), what)
@@ -96,8 +100,7 @@ def test_two_adapters(mode, tmp_path):
     both_sides("unmerged again", lambda model: model.unmerge_adapter())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both say which adapter becomes active
-        model_set = both_sides("one deleted", lambda model: (model.set_adapter("b"), model.delete_adapter("b")))
-    assert model_set is None
+        both_sides("one deleted", lambda model: (model.set_adapter("b"), model.delete_adapter("b")))
     assert mine.active_adapters == hf.active_adapters == ["a"]
     same("output", outputs[0], outputs[-1])
     assert not np.allclose(outputs[0], outputs[1])

@@ -40,6 +40,11 @@ def create(case: Case, weights: dict[str, np.ndarray], seed: int = 0, adapter: s
     return model.eval()
 
 
+def fill(p: torch.nn.Parameter, value: float) -> None:
+    """Write one number everywhere."""
+    p.data.fill_(value)
+
+
 def forward(model: PeftModel, x: np.ndarray) -> torch.Tensor:
     """The output for a batch, past the task classes, which want a transformers model."""
     return model.base_model(torch.tensor(x))

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from msft_peft.config import TargetedConfig
+from msft_peft.config import TargetedConfig, check_regex
 from msft_peft.errors import ConfigError, PeftWarning
 
 BIASES = ("none", "all", "lora_only")
@@ -94,6 +94,9 @@ class LoraConfig(TargetedConfig):
         for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {rank}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                check_regex(name, pattern)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"`lora_dropout` is a probability in [0, 1), got {self.lora_dropout}")
         if self.bias not in BIASES:
@@ -110,10 +113,18 @@ class LoraConfig(TargetedConfig):
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", PeftWarning, stacklevel=3)
 
+    @property
+    def init(self) -> bool | str:
+        """`init_lora_weights`, in lower case if it is a name."""
+        return self.init_lora_weights if isinstance(self.init_lora_weights, bool) else self.init_lora_weights.lower()
+
     def _check_init(self) -> None:
         init = self.init_lora_weights
-        if not isinstance(init, bool) and init not in INITS and not str(init).startswith("pissa_niter_"):
+        if not isinstance(init, bool) and not (
+            isinstance(init, str) and (self.init in INITS or str(self.init).startswith("pissa_niter_"))
+        ):
             raise ConfigError(f"Unknown initialization init_lora_weights={init!r}; there are True, False, {INITS}")
+        init = self.init
         if init == "loftq" and not self.loftq_config:
             raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         for name, wanted in (("loftq_config", "loftq"), ("eva_config", "eva"), ("corda_config", "corda")):
@@ -130,7 +141,7 @@ class LoraConfig(TargetedConfig):
         return fields
 
     def require_built(self) -> None:
-        if self.init_lora_weights not in BUILT_INITS:
+        if self.init not in BUILT_INITS:
             raise NotImplementedError(f"LoraConfig.init_lora_weights={self.init_lora_weights!r} is not built yet")
         for f in dataclasses.fields(self):
             if f.name in _NOT_BUILT:
@@ -143,7 +154,7 @@ class LoraConfig(TargetedConfig):
     def _ignored(self) -> set[str]:
         """Sub-configs of initialisations that are not chosen: HF ignores them, with the warning given above."""
         owners = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
-        return {name for name, init in owners.items() if self.init_lora_weights != init}
+        return {name for name, init in owners.items() if self.init != init}
 
 
 _NOT_BUILT = frozenset(

@@ -34,7 +34,7 @@ class LoraPatch(Patch):
         shape_a = (self.r, site.in_features, *kernel)
         shape_b = (site.out_features, self.r // site.groups, *(1 for _ in kernel))
         self.lora_A = self.weight("lora_A.weight", shape_a, self.init_of_a(config))
-        self.lora_B = self.weight("lora_B.weight", shape_b, "zeros" if config.init_lora_weights else _he_uniform())
+        self.lora_B = self.weight("lora_B.weight", shape_b, "zeros" if config.init else _he_uniform())
         self.lora_dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
 
     def hyperparameters(self, site: Site, config: LoraConfig) -> None:
@@ -44,7 +44,7 @@ class LoraPatch(Patch):
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
 
     def init_of_a(self, config: LoraConfig) -> Initializer:
-        return Normal(1 / self.r) if config.init_lora_weights == "gaussian" else _he_uniform()
+        return Normal(1 / self.r) if config.init == "gaussian" else _he_uniform()
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         # Two thin products instead of one thick; the scaling goes where the tensor is thinnest.
@@ -75,7 +75,7 @@ class LoraEmbeddingPatch(LoraPatch):
     def setup(self, site: Site, config: LoraConfig) -> None:
         self.hyperparameters(site, config)
         vocabulary, dim = site.shape
-        init_a = "zeros" if config.init_lora_weights else Normal(1.0)
+        init_a = "zeros" if config.init else Normal(1.0)
         self.lora_embedding_A = self.weight("lora_embedding_A", (self.r, vocabulary), init_a)
         self.lora_embedding_B = self.weight("lora_embedding_B", (dim, self.r), Normal(1.0))
 

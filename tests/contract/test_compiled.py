@@ -1,0 +1,199 @@
+"""Compiled code sees every switch: GRAPH_MODE, a user's own `ms.jit` function, and a compiled training step.
+
+A compiled graph does not notice that a Python attribute changed, so each of these fails silently where it is not
+taken care of: the numbers are those of before.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import pytest
+from mindspore import Tensor
+
+from msft_peft import PeftModel
+from tests.cases import Case, first_cases, in_pynative, output, shake, weights_of
+from tests.nets import Loss, floats
+from tests.tolerances import array, assert_same, differ
+
+pytestmark = pytest.mark.graph
+
+first = pytest.mark.parametrize("first", first_cases(), ids=lambda case: case.note)
+
+
+def graph_mode(model: PeftModel) -> Callable[[Tensor], Any]:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    return model
+
+
+def users_jit(model: PeftModel) -> Callable[[Tensor], Any]:
+    @ms.jit
+    def predict(x):
+        return model(x)
+
+    return predict
+
+
+def jit_in_graph_mode(model: PeftModel) -> Callable[[Tensor], Any]:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    return users_jit(model)
+
+
+CALLERS = {"graph mode": graph_mode, "jit": users_jit, "jit in graph mode": jit_in_graph_mode}
+
+
+def disable(model: PeftModel, folder: Path) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def add_and_set(model: PeftModel, folder: Path) -> None:
+    model.load_adapter(folder, "three")
+    model.set_adapter("three")
+
+
+def delete(model: PeftModel, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="Setting active adapter to two"):
+        model.delete_adapter("one")
+
+
+SWITCHES: dict[str, Callable[[PeftModel, Path], Any]] = {
+    "set_adapter": lambda model, folder: model.set_adapter("two"),
+    "set both": lambda model, folder: model.base_model.set_adapter(["one", "two"]),
+    "disable": disable,
+    "delete_adapter": delete,
+    "load over": lambda model, folder: model.load_adapter(folder, "one"),
+    "add and set": add_and_set,
+    "unload": lambda model, folder: model.unload(),
+    "numbers": lambda model, folder: shake(weights_of(model, "one"), seed=5),
+}
+# These leave the output as it is; stale code would add the adapter twice, or not at all.
+MERGES: dict[str, tuple[Callable[[PeftModel], Any], Callable[[PeftModel], Any]]] = {
+    "merge": (lambda model: None, lambda model: model.merge_adapter()),
+    "unmerge": (lambda model: model.merge_adapter(), lambda model: model.unmerge_adapter()),
+    "merge_and_unload": (lambda model: None, lambda model: model.merge_and_unload()),
+}
+
+
+@pytest.fixture
+def folder(first: Case, tmp_path: Path) -> Path:
+    """A third adapter, on disk."""
+    model = first.adapted("default")
+    shake(weights_of(model, "default"), seed=8)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@first
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
+def test_a_switch_is_seen(first: Case, folder: Path, caller: Callable, switch: Callable):
+    model = first.pair()
+    x, before = model.sample(), output(model)
+    call = caller(model)
+    assert_same(call(x), before)
+    switch(model, folder)
+    after = output(model, x)
+    assert differ(after, before)
+    assert_same(call(x), after)
+
+
+@first
+@pytest.mark.parametrize("switch", MERGES.values(), ids=MERGES)
+@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
+def test_a_merge_is_seen(first: Case, caller: Callable, switch: tuple):
+    if not first.can_merge:
+        return
+    model = first.pair()
+    x, expected = model.sample(), output(model)
+    prepare, merge = switch
+    call = caller(model)
+    prepare(model)
+    assert_same(call(x), expected, "merge")
+    merge(model)
+    assert_same(call(x), expected, "merge")
+
+
+@first
+@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
+def test_the_disabled_block_is_seen_at_both_ends(first: Case, caller: Callable):
+    model = first.pair()
+    x, adapted = model.sample(), output(model)
+    call = caller(model)
+    assert_same(call(x), adapted)
+    with model.disable_adapter():
+        assert_same(call(x), output(first.base()))
+    assert_same(call(x), adapted)
+
+
+@first
+@pytest.mark.parametrize("name", ["set_adapter", "disable", "load over", "merge", "delete_adapter", "set both"])
+def test_a_compiled_training_step_sees_a_switch(first: Case, folder: Path, name: str):
+    model = first.pair()
+    x = model.sample()
+    target = floats(*output(model).shape, seed=3)
+    weights = [*weights_of(model, "one"), *weights_of(model, "two")]
+    gradient = ms.value_and_grad(Loss(model), None, weights)
+
+    @ms.jit
+    def step(x, target):
+        return gradient(x, target)
+
+    with in_pynative():
+        before, _ = gradient(x, target)
+    assert_same(step(x, target)[0], before, "gradient")
+
+    if name == "merge":
+        if first.can_merge:
+            model.merge_adapter()
+    else:
+        SWITCHES[name](model, folder)
+    for p in weights:
+        p.requires_grad = True  # so that PyNative differentiates them all, as compiled code does
+    with in_pynative():
+        after, expected = gradient(x, target)
+    loss, grads = step(x, target)
+    assert_same(loss, after, "gradient")
+    assert (abs(array(after) - array(before)) > 1e-3) == (name != "merge")
+    for ours, theirs in zip(grads, expected):
+        assert_same(ours, theirs, "gradient")
+
+
+@first
+def test_freezing_is_seen_by_a_step_made_afterwards(first: Case):
+    """The weights that a step trains are chosen when it is made."""
+    model = first.pair()
+    x = model.sample()
+    target = floats(*output(model).shape, seed=3)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        optimizer = ms.nn.SGD(model.trainable_params(), 0.1)
+        gradient = ms.value_and_grad(Loss(model), None, optimizer.parameters)
+
+        def step(x, target, gradient=gradient, optimizer=optimizer):
+            loss, grads = gradient(x, target)
+            optimizer(grads)
+            return loss
+
+        before = {p.name: array(p) for p in model.get_parameters()}
+        ms.jit(step)(x, target)
+        moved = {p.name for p in model.get_parameters() if (array(p) != before[p.name]).any()}
+        assert moved == {p.name for p in weights_of(model, name)}
+
+
+@first
+def test_a_compiled_model_is_not_compiled_again_without_need(first: Case):
+    from msft_peft.backend.graphs import compiled_count
+
+    model = first.pair()
+    x = model.sample()
+    call = users_jit(model)
+    call(x)
+    count = compiled_count()
+    assert count is None or count > 0
+    call(x)
+    shake(weights_of(model, "one"))
+    call(x)
+    assert compiled_count() == count
+    model.set_adapter("two")
+    assert compiled_count() in (0, None)

@@ -1,0 +1,288 @@
+"""Whole transformers models against ours, live: the same checkpoint and the same adapter on either side."""
+
+import functools
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+import transformers
+from mindspore import nn
+from peft import LoraConfig as HfLoraConfig
+from peft import PeftModel as HfPeftModel
+from peft import get_peft_model as hf_get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from msft_peft import LoraConfig, PeftModel, get_peft_model, models
+from msft_peft.core.layer import TunerLayer
+
+from . import ours, theirs
+from .cases import file_key, make_weight, same, same_dicts
+
+DECODER = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+    "tie_word_embeddings": False,
+}
+ENCODER = {key: DECODER[key] for key in list(DECODER)[:5]} | {
+    "max_position_embeddings": 32,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "attn_implementation": "eager",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model class of transformers, which ours is named like, its config, and a LoraConfig."""
+
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    # Saving HF's adapter warns of this, and loading it in HF does not.
+    save_warning: str = ""
+
+    @property
+    def task(self) -> str | None:
+        return self.lora.get("task_type")
+
+
+def causal(kind: str, settings: dict | None = None, **lora: Any) -> Model:
+    return Model(kind + "ForCausalLM", DECODER | (settings or {}), {"r": 3, "task_type": "CAUSAL_LM"} | lora)
+
+
+def bert(head: str, **lora: Any) -> Model:
+    return Model("BertFor" + head, ENCODER | {"num_labels": 2 if head.startswith("Question") else 3}, {"r": 3} | lora)
+
+
+EMBEDDINGS = "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`."
+MODELS = {
+    "llama": causal("Llama"),
+    "llama_all_linear": causal("Llama", target_modules="all-linear", r=2, lora_alpha=2, use_rslora=True),
+    "llama_bias": causal("Llama", {"attention_bias": True}, target_modules=["k_proj", "down_proj"], bias="lora_only"),
+    "llama_heads": causal("Llama", modules_to_save=["embed_tokens", "lm_head"]),
+    "llama_embeddings": Model(
+        "LlamaForCausalLM",
+        DECODER,
+        {"r": 3, "task_type": "CAUSAL_LM", "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        EMBEDDINGS,
+    ),
+    "llama_tied": causal("Llama", {"tie_word_embeddings": True}, target_modules=["o_proj"]),
+    "llama_layer": causal("Llama", target_modules=["q_proj", "up_proj"], layers_to_transform=1, layers_pattern="layers"),
+    "mistral": causal("Mistral", {"sliding_window": 3}),
+    "qwen2": causal("Qwen2", bias="all"),
+    "qwen3": causal("Qwen3", {"head_dim": 6}),
+    "llama_seq_cls": Model("LlamaForSequenceClassification", DECODER | {"num_labels": 3}, {"task_type": "SEQ_CLS"}),
+    "bert_seq_cls": bert("SequenceClassification", task_type="SEQ_CLS"),
+    "bert_seq_cls_all_linear": bert("SequenceClassification", task_type="SEQ_CLS", target_modules="all-linear", r=2),
+    "bert_token_cls": bert("TokenClassification", task_type="TOKEN_CLS", bias="lora_only"),
+    "bert_qa": bert("QuestionAnswering", task_type="QUESTION_ANS"),
+    "bert_plain": bert("SequenceClassification", target_modules=["query", "key"], modules_to_save=["classifier"]),
+}
+each_model = pytest.mark.parametrize("name", list(MODELS))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The folder of a model's checkpoint, written by transformers; made once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        model = MODELS[name]
+        kind = getattr(transformers, model.kind)
+        torch.manual_seed(0)
+        module = kind(kind.config_class(**model.settings))
+        rng = np.random.default_rng(0)
+        with torch.no_grad():
+            for key, p in module.named_parameters():
+                p.copy_(torch.tensor(make_weight(key.replace("LayerNorm", "norm"), tuple(p.shape), rng)))
+        module.save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+def hf_base(name: str, folder: Path):
+    settings = {"attn_implementation": "eager"}
+    return getattr(transformers, MODELS[name].kind).from_pretrained(folder, **settings).eval()
+
+
+def our_base(name: str, folder: Path) -> nn.Cell:
+    return getattr(models, MODELS[name].kind).from_pretrained(folder)
+
+
+def hf_adapter(name: str, folder: Path) -> HfPeftModel:
+    """HF's model with a random adapter."""
+    model = hf_get_peft_model(hf_base(name, folder), HfLoraConfig(**MODELS[name].lora))
+    rng = np.random.default_rng(1)
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            p.data = torch.tensor(make_weight(key, tuple(p.shape), rng))
+    return model.eval()
+
+
+def save_hf(model: HfPeftModel, name: str, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=MODELS[name].save_warning or "nothing")
+        model.save_pretrained(folder)
+
+
+def batch(name: str) -> dict[str, np.ndarray]:
+    """Two sequences, the second padded at its end, and labels for the task."""
+    rng = np.random.default_rng(2)
+    ids = rng.integers(3, 30, (2, 6)).astype(np.int32)
+    mask = np.ones((2, 6), np.int32)
+    ids[1, 4:], mask[1, 4:] = 0, 0
+    found = {"input_ids": ids, "attention_mask": mask}
+    kind = MODELS[name].kind
+    if kind.endswith("QuestionAnswering"):
+        return found | {"start_positions": np.array([1, 2], np.int32), "end_positions": np.array([3, 3], np.int32)}
+    if kind.endswith("SequenceClassification"):
+        return found | {"labels": np.array([2, 0], np.int32)}
+    labels = ids if kind.endswith("CausalLM") else rng.integers(0, 3, ids.shape).astype(np.int32)
+    return found | {"labels": np.where(mask == 1, labels, -100).astype(np.int32)}
+
+
+def logits_of(outputs: Any, kind: str) -> Any:
+    if kind.endswith("QuestionAnswering"):
+        return outputs["start_logits"] + 2 * outputs["end_logits"]
+    return outputs["logits"]
+
+
+class Loss(nn.Cell):
+    """(loss, logits) of a model for positional arguments, in the order of a batch."""
+
+    def __init__(self, model: nn.Cell, kind: str):
+        super().__init__(auto_prefix=False)
+        self.model, self.is_qa = model, kind.endswith("QuestionAnswering")
+
+    def construct(self, input_ids, attention_mask, labels, ends=None):
+        if self.is_qa:
+            found = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, start_positions=labels, end_positions=ends
+            )
+            return found["loss"], found["start_logits"] + 2 * found["end_logits"]
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        return found["loss"], found["logits"]
+
+
+def our_numbers(model: PeftModel, name: str):
+    params = model.trainable_params()
+    arguments = [ms.Tensor(value) for value in batch(name).values()]
+    step = ms.value_and_grad(Loss(model, MODELS[name].kind), None, params, has_aux=True)
+    (loss, logits), grads = step(*arguments)
+    return loss.asnumpy(), logits.asnumpy(), {ours.torch_key(file_key(p.name)): g.asnumpy() for p, g in zip(params, grads)}
+
+
+def hf_numbers(model: HfPeftModel, name: str):
+    model.zero_grad()
+    found = model(**{key: torch.tensor(value).long() for key, value in batch(name).items()})
+    found["loss"].backward()
+    grads = {file_key(key): p.grad.numpy() for key, p in model.named_parameters() if p.requires_grad}
+    return found["loss"].detach().numpy(), logits_of(found, MODELS[name].kind).detach().numpy(), grads
+
+
+@each_model
+def test_hf_s_adapter_on_our_model(name, mode, checkpoints, tmp_path):
+    """Logits, loss, every gradient, parameter counts, and the text about them."""
+    folder = checkpoints(name)
+    hf = hf_adapter(name, folder)
+    save_hf(hf, name, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine = PeftModel.from_pretrained(our_base(name, folder), tmp_path, is_trainable=True).set_train(False)
+    assert type(mine).__name__ == type(hf).__name__
+    assert ours.printed(mine) == theirs.printed(hf)
+    (loss, logits, grads), (hf_loss, hf_logits, hf_grads) = our_numbers(mine, name), hf_numbers(hf, name)
+    same("model output", logits, hf_logits, "logits")
+    same("model output", loss, hf_loss, "loss")
+    same_dicts("model gradient", grads, hf_grads)
+    assert min(np.abs(g).max() for g in hf_grads.values()) > 0
+
+
+@each_model
+def test_our_adapter_on_hf_s_model(name, checkpoints, tmp_path):
+    """HF reads what we save without a warning, means the same layers, and saves the same tensors again."""
+    folder = checkpoints(name)
+    mine = get_peft_model(our_base(name, folder), LoraConfig(**MODELS[name].lora))
+    rng = np.random.default_rng(3)
+    for p in mine.trainable_params():
+        p.copy_(ms.Tensor(make_weight(p.name, tuple(p.shape), rng)))
+    mine.set_train(False).save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf = HfPeftModel.from_pretrained(hf_base(name, folder), tmp_path / "ours", is_trainable=True).eval()
+    assert layers(hf, LoraLayer) == layers(mine, TunerLayer)
+    (loss, logits, grads), (hf_loss, hf_logits, hf_grads) = our_numbers(mine, name), hf_numbers(hf, name)
+    same("model output", logits, hf_logits, "logits")
+    same("model output", loss, hf_loss, "loss")
+    same_dicts("model gradient", grads, hf_grads)
+    save_hf(hf, name, tmp_path / "theirs")
+    a, b = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert sorted(a[0]) == sorted(b[0])
+    assert a == b
+
+
+@each_model
+def test_the_same_config_and_keys(name, checkpoints, tmp_path):
+    """A fresh adapter of the same config: HF's adapter_config.json, layers, file keys and shapes."""
+    folder = checkpoints(name)
+    hf = hf_get_peft_model(hf_base(name, folder), HfLoraConfig(**MODELS[name].lora))
+    mine = get_peft_model(our_base(name, folder), LoraConfig(**MODELS[name].lora))
+    assert layers(hf, LoraLayer) == layers(mine, TunerLayer)
+    save_hf(hf, name, tmp_path / "theirs")
+    mine.save_pretrained(tmp_path / "ours")
+    assert ours.config_in(tmp_path / "ours") == ours.config_in(tmp_path / "theirs")
+    a, b = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors")[0] for who in ("ours", "theirs"))
+    assert {key: value[:2] for key, value in a.items()} == {key: value[:2] for key, value in b.items()}
+    cards = [(tmp_path / who / "README.md").read_text().split("---")[1] for who in ("ours", "theirs")]
+    tagged = [[line for line in card.splitlines() if line != "- mindspore"] for card in cards]
+    assert sorted(tagged[0]) == sorted(tagged[1])
+
+
+def layers(model, layer_class) -> dict[str, tuple[int, float]]:
+    tree = model.base_model.model
+    walk = tree.named_modules() if isinstance(tree, torch.nn.Module) else tree.cells_and_names()
+    return {path: (m.r["default"], m.scaling["default"]) for path, m in walk if isinstance(m, layer_class)}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "llama_embeddings"])
+def test_greedy_generation(name, mode, checkpoints, tmp_path):
+    """The same tokens with the adapter, without it, and with it merged."""
+    folder = checkpoints(name)
+    hf = hf_adapter(name, folder)
+    save_hf(hf, name, tmp_path)
+    mine = PeftModel.from_pretrained(our_base(name, folder), tmp_path)
+    ids = batch(name)["input_ids"][:, :4]
+    settings = {"max_new_tokens": 8, "do_sample": False}
+
+    def tokens():
+        with torch.no_grad():
+            wanted = hf.generate(input_ids=torch.tensor(ids).long(), **settings).numpy()
+        found = mine.generate(input_ids=ms.Tensor(ids), **settings)
+        np.testing.assert_array_equal(found.asnumpy(), wanted)
+        return wanted
+
+    adapted = tokens()
+    with hf.disable_adapter(), mine.disable_adapter():
+        base = tokens()
+    assert not np.array_equal(adapted[:, : base.shape[1]], base[:, : adapted.shape[1]])
+    if name != "llama_embeddings":
+        hf.merge_adapter()
+        mine.merge_adapter()
+        np.testing.assert_array_equal(tokens(), adapted)
