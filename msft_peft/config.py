@@ -114,6 +114,8 @@ class PeftConfig:
             )
         try:
             return found(**{key: value for key, value in fields.items() if key in known})
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{origin}: {error}") from error
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{origin} is no valid {found.__name__}: {error}") from error
 
@@ -194,16 +196,19 @@ class TargetedConfig(PeftConfig):
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, str):
+                check_regex(name, value)
+            elif value is not None:
                 # HF keeps these as sets, whose order changes from run to run, and its files with it.
                 setattr(self, name, sorted(set(value)))
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
         if self.modules_to_save is not None:
-            self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                check_regex(name, getattr(self, name))
+            given = self.modules_to_save
+            self.modules_to_save = sorted(given) if isinstance(given, set) else list(dict.fromkeys(given))
+        self._check_layers()
+
+    def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

@@ -135,7 +135,7 @@ class Conv1D(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         y = ops.matmul(ops.reshape(x, (-1, self.nx)), self.weight) + self.bias
-        return ops.reshape(y, x.shape[:-1] + (self.nf,))
+        return ops.reshape(y, (*x.shape[:-1], self.nf))
 
 
 class Gpt2(nn.Cell):

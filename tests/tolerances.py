@@ -1,4 +1,4 @@
-"""How far two results may be apart: one table of (absolute, relative), and the only literal tolerances in the tests."""
+"""How far two results may be apart: one table of (absolute, relative). No other test holds such a number."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 
 @contextlib.contextmanager
@@ -61,9 +61,9 @@ def fetch(source: str | os.PathLike, name: str, subfolder: str | None = None, **
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub))
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:  # no such repository, no network, or no repository id at all
+    except (OSError, ValueError) as error:  # no such file or repository, no network, or no repository id at all
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         raise FileNotFoundError(
             f"'{source}' is no directory here, and '{name}' could not be had from the Hub under that name: {error}"
         ) from error

@@ -30,7 +30,7 @@ class Tuner(nn.Cell):
     def __init__(self, model: nn.Cell) -> None:
         super().__init__()
         self.model = model
-        self.current: tuple[str, ...] = ()
+        self._active: tuple[str, ...] = ()
         inherit_mode(self, model)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,13 +56,13 @@ class Tuner(nn.Cell):
     @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters in use (or that would be, were they not disabled)."""
-        return [name for name in self.current if name in self.peft_config]
+        return [name for name in self._active if name in self.peft_config]
 
-    def layers(self) -> list[TunerLayer]:
+    def _layers(self) -> list[TunerLayer]:
         """Every adapted layer, in network order."""
         return [wrapper for _, wrapper in wrappers(self.model) if isinstance(wrapper, TunerLayer)]
 
-    def require(self, names: str | Iterable[str]) -> list[str]:
+    def _require(self, names: str | Iterable[str]) -> list[str]:
         """The names as a list.
 
         Raises:
@@ -87,22 +87,22 @@ class Tuner(nn.Cell):
             AdapterNameError: a name is not there.
             MergeError: two of them train the same layer whole (`modules_to_save`).
         """
-        names = list(dict.fromkeys(self.require(adapter_name)))
+        names = list(dict.fromkeys(self._require(adapter_name)))
         self._check_one_copy(names)
-        self.unmerge_first("Adapter cannot be set when the model is merged.")
+        self._unmerge_first("Adapter cannot be set when the model is merged.")
         inject.activate(self.model, names, trainable=not inference_mode)
-        self.current = tuple(names)
+        self._active = tuple(names)
         drop_compiled()
 
-    def unmerge_first(self, why: str) -> None:
+    def _unmerge_first(self, why: str) -> None:
         """Unmerge, with a warning that says why, if anything is merged."""
-        if any(layer.merged for layer in self.layers()):
+        if any(layer.merged for layer in self._layers()):
             warnings.warn(f"{why} Unmerging the model first.", PeftWarning, stacklevel=3)
             self.unmerge_adapter()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters, active or not. Build the optimizer and the gradient function afterwards."""
-        names = self.require(adapter_names)
+        names = self._require(adapter_names)
         for _, wrapper in wrappers(self.model):
             wrapper.set_requires_grad(names, requires_grad)
         for name in names:
@@ -120,12 +120,12 @@ class Tuner(nn.Cell):
         Differs: HF also changes `requires_grad`, and leaves a frozen adapter trainable when it is enabled again.
         """
         self._warn_of_biases()
-        if any(layer.merged for layer in self.layers()):
+        if any(layer.merged for layer in self._layers()):
             self.unmerge_adapter()
         self._set_enabled(dict.fromkeys(self._paths(), False))
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def _disabled(self) -> Iterator[None]:
         """All adapters off inside the block; each layer's own state is restored after it, also after an exception."""
         before = {path: wrapper.enabled for path, wrapper in wrappers(self.model)}
         self.disable_adapter_layers()
@@ -143,16 +143,16 @@ class Tuner(nn.Cell):
         """
         if adapter_name not in self.peft_config:
             raise AdapterNameError(f"Adapter {adapter_name} does not exist. There are {sorted(self.peft_config)}.")
-        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
             raise MergeError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
         for p in inject.adapter_in(self.model, adapter_name).biases(self.model).values():
             p.parameter.requires_grad = False
-        was_active = adapter_name in self.current
+        was_active = adapter_name in self._active
         inject.discard(self.model, adapter_name)
-        self.current = tuple(name for name in self.current if name != adapter_name)
-        if was_active and not self.current and self.peft_config:
+        self._active = tuple(name for name in self._active if name != adapter_name)
+        if was_active and not self._active and self.peft_config:
             heir = min(self.peft_config)
             warnings.warn(
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {heir}.",
@@ -178,8 +178,8 @@ class Tuner(nn.Cell):
         """
         if not all(wrapper.enabled for _, wrapper in wrappers(self.model)):
             raise MergeError("The adapters are disabled: merging them would put them into effect. Enable them first.")
-        names = self.active_adapters if adapter_names is None else self.require(adapter_names)
-        plan = [(layer, self._to_merge(layer, names)) for layer in self.layers()]
+        names = self.active_adapters if adapter_names is None else self._require(adapter_names)
+        plan = [(layer, self._to_merge(layer, names)) for layer in self._layers()]
         already = sorted({name for layer, _ in plan for name in layer.merged_adapters})
         if already and not any(new for _, new in plan):
             warnings.warn("All adapters are already merged, nothing to do.", PeftWarning, stacklevel=2)
@@ -199,7 +199,7 @@ class Tuner(nn.Cell):
 
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights again: to the bit, or within one rounding in float32."""
-        merged = [layer for layer in self.layers() if layer.merged]
+        merged = [layer for layer in self._layers() if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
         for layer in merged:
@@ -220,8 +220,8 @@ class Tuner(nn.Cell):
 
         Raises: as `merge_adapter`.
         """
-        names = self.active_adapters if adapter_names is None else self.require(adapter_names)
-        plan = [(layer, self._to_merge(layer, names)) for layer in self.layers()]
+        names = self.active_adapters if adapter_names is None else self._require(adapter_names)
+        plan = [(layer, self._to_merge(layer, names)) for layer in self._layers()]
         self._check_merge(plan, safe_merge)
         for layer, new in tqdm(plan, desc="Merging", disable=not progressbar):
             layer.merge(new)
@@ -239,7 +239,7 @@ class Tuner(nn.Cell):
 
         Differs: HF leaves the trained copies of `modules_to_save` in the model.
         """
-        for layer in self.layers():
+        for layer in self._layers():
             if layer.merged:
                 layer.unmerge()
         inject.detach_all(self.model)

@@ -18,8 +18,8 @@ from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.files import fetch, replacing
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig
-from msft_peft.core.inject import Adapter
-from msft_peft.core.layer import ModulesToSaveWrapper, Wrapper, outer_cells
+from msft_peft.core.inject import Adapter, lies_inside
+from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import LoadError, PeftWarning
 from msft_peft.hosts import input_table, output_head
@@ -193,9 +193,11 @@ def embeddings_of(model: nn.Cell, adapter: Adapter) -> dict[str, Named]:
     found = {}
     cells = {id(cell): path for path, cell in outer_cells(model).items()}
     for layer in (input_table(model), output_head(model)):
-        if layer is None or id(layer) not in cells or isinstance(layer, ModulesToSaveWrapper):
+        if layer is None or id(layer) not in cells:
             continue
         path, base = cells[id(layer)], layer.base() if isinstance(layer, Wrapper) else layer
+        if lies_inside(path, adapter.modules):
+            continue  # the adapter has a copy of its own
         inner = f"{path}.base_layer" if path in adapter.patches else path
         for named in named_parameters(base, inner):
             if named.key.endswith(".weight"):

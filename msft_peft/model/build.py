@@ -65,4 +65,4 @@ def get_peft_model(
         )
     config.base_model_name_or_path = name or config.base_model_name_or_path
     config.revision = revision or config.revision
-    return PeftModel.for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    return PeftModel._for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -44,9 +44,9 @@ class PeftModel(nn.Cell):
     """
 
     # What a task class says of itself: the task, and the heads that its models have, which are trained whole.
-    task: ClassVar[TaskType | None] = None
-    heads: ClassVar[tuple[str, ...]] = ()
-    pipeline_tag: ClassVar[str | None] = None
+    _task: ClassVar[TaskType | None] = None
+    _heads: ClassVar[tuple[str, ...]] = ()
+    _pipeline_tag: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -62,22 +62,22 @@ class PeftModel(nn.Cell):
         self._install(model, adapter)
 
     @classmethod
-    def for_task(cls, config: PeftConfig) -> type["PeftModel"]:
+    def _for_task(cls, config: PeftConfig) -> type["PeftModel"]:
         """The subclass whose task is the config's; this class itself where there is none."""
-        fitting = (sub for sub in cls.__subclasses__() if sub.task is not None and sub.task == config.task_type)
+        fitting = (sub for sub in cls.__subclasses__() if sub._task is not None and sub._task == config.task_type)
         return next(fitting, cls)
 
     def _prepare(self, model: nn.Cell, config: PeftConfig, name: str, autocast: bool) -> inject.Adapter:
         """The adapter, still outside the model, with the heads of this task among what it trains whole."""
-        if isinstance(config, PeftConfig) and self.heads and hasattr(config, "modules_to_save"):
+        if isinstance(config, PeftConfig) and self._heads and hasattr(config, "modules_to_save"):
             config = copy.deepcopy(config)
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self._heads]))
         return inject.prepare(model, config, name, autocast)
 
     def _install(self, model: nn.Cell, adapter: inject.Adapter) -> None:
         inject.attach(model, adapter)
         self.base_model = Tuner(model)
-        self.base_model.current = (adapter.name,)
+        self.base_model._active = (adapter.name,)
         inject.activate(model, [adapter.name], trainable=not adapter.config.inference_mode)
         inherit_mode(self, model)
         inject.settle(self)
@@ -118,7 +118,7 @@ class PeftModel(nn.Cell):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The config of `active_adapter`."""
-        return self.peft_config[self.base_model.require(self.active_adapters)[0]]
+        return self.peft_config[self.base_model._require(self.active_adapters)[0]]
 
     def get_base_model(self) -> nn.Cell:
         """The base model, adapted layers still in it."""
@@ -168,7 +168,7 @@ class PeftModel(nn.Cell):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """All adapters off inside a `with` block: the outputs are the base model's. Compiled code is dropped twice."""
-        with self.base_model.disabled():
+        with self.base_model._disabled():
             yield
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -234,7 +234,7 @@ class PeftModel(nn.Cell):
             sizes.append(sum(named.parameter.size for named in entries.values()))
         method = str(self.peft_config[names[0]].peft_type) if names else "PEFT"
         tags = ["transformers"] if "_name_or_path" in model_config(base) else []
-        write_card(Path(save_directory), self._base_name(), method, sum(sizes), tags, self.pipeline_tag)
+        write_card(Path(save_directory), self._base_name(), method, sum(sizes), tags, self._pipeline_tag)
 
     @classmethod
     def from_pretrained(
@@ -276,7 +276,7 @@ class PeftModel(nn.Cell):
         """
         _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
         config = _config_for(model_id, config, is_trainable, hub)
-        cls = cls.for_task(config)
+        cls = cls._for_task(config)
         self = cls.__new__(cls)
         nn.Cell.__init__(self)
         tensors = read_tensors(model_id, **hub)
@@ -320,7 +320,7 @@ class PeftModel(nn.Cell):
         match = match_tensors(tensors, adapter, base)
         match.check(strict, ignore_mismatched_sizes)
         if old is not None:
-            self.base_model.unmerge_first(f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
+            self.base_model._unmerge_first(f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
         match.apply()
         if not same:
             inject.attach(base, adapter)

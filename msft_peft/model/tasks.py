@@ -9,38 +9,38 @@ from msft_peft.model.peft_model import PeftModel
 class PeftModelForCausalLM(PeftModel):
     """A PeftModel of a decoder that predicts the next token."""
 
-    task: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
-    pipeline_tag: ClassVar[str | None] = "text-generation"
+    _task: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
+    _pipeline_tag: ClassVar[str | None] = "text-generation"
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """A PeftModel of an encoder-decoder."""
 
-    task: ClassVar[TaskType | None] = TaskType.SEQ_2_SEQ_LM
+    _task: ClassVar[TaskType | None] = TaskType.SEQ_2_SEQ_LM
 
 
 class PeftModelForSequenceClassification(PeftModel):
     """A PeftModel of a sequence classifier; its head (`classifier` or `score`) is trained whole and saved."""
 
-    task: ClassVar[TaskType | None] = TaskType.SEQ_CLS
-    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    _task: ClassVar[TaskType | None] = TaskType.SEQ_CLS
+    _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
 class PeftModelForTokenClassification(PeftModel):
     """A PeftModel of a token classifier; its head (`classifier` or `score`) is trained whole and saved."""
 
-    task: ClassVar[TaskType | None] = TaskType.TOKEN_CLS
-    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    _task: ClassVar[TaskType | None] = TaskType.TOKEN_CLS
+    _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """A PeftModel of an extractive reader; its head (`qa_outputs`) is trained whole and saved."""
 
-    task: ClassVar[TaskType | None] = TaskType.QUESTION_ANS
-    heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
+    _task: ClassVar[TaskType | None] = TaskType.QUESTION_ANS
+    _heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """A PeftModel of an encoder whose hidden states are what is wanted."""
 
-    task: ClassVar[TaskType | None] = TaskType.FEATURE_EXTRACTION
+    _task: ClassVar[TaskType | None] = TaskType.FEATURE_EXTRACTION

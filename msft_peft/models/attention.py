@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 _BLOCKED = -1e9  # finite, so that a row with nothing to look at stays a number; representable once scores are float32
 _dot = ops.BatchMatMul(transpose_b=True)
 _mix = ops.BatchMatMul()
+_mix_transposed = ops.BatchMatMul(transpose_a=True)
+_matmul = ops.MatMul()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
@@ -31,11 +33,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     scores = _dot(q, k).astype(ms.float32)
     if mask is not None:
         scores = (scores.reshape((b, n, t, s)) + mask).reshape((b, groups, n // groups * t, s))
-    weights = ops.softmax(scores, -1).astype(v.dtype)
     if dropout > 0.0:
-        weights = ops.dropout(weights, dropout)
-    mixed = _mix(weights, v).reshape((b, n, t, d))
-    return mixed.swapaxes(1, 2).reshape((b, t, n * d))
+        mixed = _mix(ops.dropout(ops.softmax(scores, -1).astype(v.dtype), dropout), v)
+    else:
+        mixed, _ = _softmax_mix(scores, v)
+    return mixed.reshape((b, n, t, d)).swapaxes(1, 2).reshape((b, t, n * d))
+
+
+class SoftmaxMix(nn.Cell):
+    """softmax(scores)·v, with a gradient that sums over D in place of S (Dao et al. 2022, arXiv:2205.14135, §B.2).
+
+    With P = softmax(scores) and O = P·v:  dscores = P ∘ (dO·vᵀ - rowsum(dO ∘ O)),  dv = Pᵀ·dO.
+    """
+
+    def construct(self, scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return O (B, K, T, D) and P (B, K, T, S) for `scores` (B, K, T, S) and `v` (B, K, S, D)."""
+        weights = ops.softmax(scores, -1).astype(v.dtype)
+        return _mix(weights, v), weights
+
+    def bprop(self, scores, v, out, dout):
+        """Return the gradients of `scores` and `v`; P is kept for this only, nothing flows back through it."""
+        mixed, weights = out
+        d = mixed.shape[-1]
+        sums = _matmul((dout[0] * mixed).reshape((-1, d)), ops.ones((d, 1), mixed.dtype))  # (B·K·T, 1)
+        sums = _matmul(sums, ops.ones((1, scores.shape[-1]), mixed.dtype)).reshape(scores.shape)
+        dscores = weights * (_dot(dout[0], v) - sums)
+        return dscores.astype(scores.dtype), _mix_transposed(weights, dout[0])
+
+
+_softmax_mix = SoftmaxMix()
 
 
 def causal_mask(

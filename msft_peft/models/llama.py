@@ -61,12 +61,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (B, N, T, D).
-        cos: (1 or B, 1, T, D), the cosines of the D/2 angles, twice.
-        sin: the same for the sines.
+        cos: (B, N, T, D), the cosines of the D/2 angles, twice.
+        sin: the same for the sines, the first half negated.
     """
-    half = x.shape[-1] // 2
-    turned = ops.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos + turned * sin
+    first, second = ops.split(x, x.shape[-1] // 2, -1)
+    return x * cos + ops.cat((second, first), -1) * sin
 
 
 class LlamaAttention(nn.Cell):
@@ -98,7 +97,7 @@ class LlamaAttention(nn.Cell):
         if self.has_norms:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.swapaxes(1, 2), cos, sin)
-        k = rotate(k.swapaxes(1, 2), cos, sin)
+        k = rotate(k.swapaxes(1, 2), cos[:, : k.shape[2]], sin[:, : k.shape[2]])
         if past is not None:
             k, v = _remember(past[0], k, slot), _remember(past[1], v, slot)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
@@ -166,6 +165,7 @@ class LlamaModel(PreTrainedModel):
         )
         self.layers = nn.CellList([LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.heads_ = config.num_attention_heads
         self.inverse_frequencies = Tensor(inverse_frequencies(config))
         windows = {config.window(i) for i in range(config.num_hidden_layers)}
         self.window = next((window for window in windows if window is not None), None)
@@ -217,8 +217,10 @@ class LlamaModel(PreTrainedModel):
         if position_ids is None:
             position_ids = slots.reshape((1, -1))
         angles = position_ids.astype(ms.float32).expand_dims(-1) * self.inverse_frequencies  # (1 or B, T, D/2)
-        angles = ops.cat((angles, angles), -1).expand_dims(1)  # (1 or B, 1, T, D)
         cos, sin = ops.cos(angles).astype(x.dtype), ops.sin(angles).astype(x.dtype)
+        shape = (x.shape[0], self.heads_, t, 2 * cos.shape[-1])
+        cos = ops.broadcast_to(ops.cat((cos, cos), -1).expand_dims(1), shape)
+        sin = ops.broadcast_to(ops.cat((-sin, sin), -1).expand_dims(1), shape)
         mask = causal_mask(slots, length, attention_mask)
         windowed = mask if self.window is None else causal_mask(slots, length, attention_mask, self.window)
 

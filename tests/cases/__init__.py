@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from msft_peft import PeftConfig, PeftModel, get_peft_model
+from msft_peft.core.layer import TunerLayer
 from msft_peft.registry import METHODS, Method
 from tests.tolerances import array
 
@@ -91,6 +92,11 @@ def block_cases() -> list[Case]:
 def weights_of(model: nn.Cell, adapter: str) -> list[Parameter]:
     """The parameters that bear the adapter's name. No layer of the test models is called like an adapter."""
     return [p for p in model.get_parameters() if adapter in p.name.split(".")]
+
+
+def layers_of(model: nn.Cell) -> list[TunerLayer]:
+    """The adapted layers, in network order."""
+    return [cell for _, cell in model.cells_and_names() if isinstance(cell, TunerLayer)]
 
 
 def state_of(net: nn.Cell) -> dict[str, Any]:

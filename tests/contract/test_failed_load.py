@@ -64,14 +64,26 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "weights gone": (no_weights, FileNotFoundError, "has neither adapter_model.safetensors nor adapter_model.ckpt"),
     "weights empty": (lambda d: (d / WEIGHTS).write_bytes(b""), LoadError, "is no valid safetensors file"),
     "weights garbage": (lambda d: (d / WEIGHTS).write_bytes(b"x" * 999), LoadError, "is no valid safetensors file"),
-    "weights cut": (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]), LoadError, "is no valid saf"),
+    "weights cut": (
+        lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]),
+        LoadError,
+        "is no valid saf",
+    ),
     "no tensors": (lambda d: edit_tensors(d, dict.clear), LoadError, "Found missing adapter keys"),
     "ckpt garbage": (lambda d: only_ckpt(d, b"x" * 999), LoadError, "is no valid MindSpore checkpoint"),
     "ckpt empty": (lambda d: only_ckpt(d, b""), LoadError, "is no valid MindSpore checkpoint"),
     "ckpt cut": (lambda d: only_ckpt(d, (d / CKPT).read_bytes()[:-9]), LoadError, "is no valid MindSpore checkpoint"),
     "tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop(first_key(t))), LoadError, "Found missing adapter k"),
-    "tensor too many": (lambda d: edit_tensors(d, lambda t: t.update(x=np.ones(1))), LoadError, r"unexpected .*\['x'\]"),
-    "tensor of other shape": (lambda d: edit_tensors(d, reshape), LoadError, r"size mismatch for .*\(7, 7\), the model"),
+    "tensor too many": (
+        lambda d: edit_tensors(d, lambda t: t.update(x=np.ones(1))),
+        LoadError,
+        r"unexpected .*\['x'\]",
+    ),
+    "tensor of other shape": (
+        lambda d: edit_tensors(d, reshape),
+        LoadError,
+        r"size mismatch for .*\(7, 7\), the model",
+    ),
 }
 
 
@@ -189,7 +201,7 @@ def test_an_unknown_source_is_named(first: Case, tmp_path: Path, monkeypatch: py
 def test_a_pickle_is_not_read_but_explained(first: Case, folder: Path):
     no_weights(folder)
     (folder / "adapter_model.bin").write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(FileNotFoundError, match="adapter_model.bin is a pickle, which is not read: convert it"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin is a pickle, which is not read: convert it"):
         PeftModel.from_pretrained(first.base(), folder)
 
 

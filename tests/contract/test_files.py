@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from msft_peft import PeftConfig, PeftModel
-from tests.cases import Case, first_cases, output, shake, weights_of
+from tests.cases import Case, first_cases, layers_of, output, shake, weights_of
 from tests.tolerances import array, assert_same, differ
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.ckpt", "adapter_model.safetensors"}
@@ -211,7 +211,7 @@ def test_loading_over_a_merged_adapter_spares_the_base(case: Case, tmp_path: Pat
         other.load_adapter(tmp_path, "default")
     except ValueError:
         pass
-    if any(layer.merged for layer in other.base_model.layers()):
+    if any(layer.merged for layer in layers_of(other)):
         other.unmerge_adapter()
     with other.disable_adapter():
         assert_same(output(other), output(case.base()))

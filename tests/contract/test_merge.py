@@ -8,12 +8,12 @@ from mindspore import Tensor, nn
 
 from msft_peft import MergeError, PeftModel
 from msft_peft.core.layer import Wrapper
-from tests.cases import Case, output, weights_of
+from tests.cases import Case, layers_of, output, weights_of
 from tests.tolerances import array, assert_same, differ
 
 
 def base_weights(model: PeftModel) -> list[Any]:
-    return [array(layer.weight) for layer in model.base_model.layers()]
+    return [array(layer.weight) for layer in layers_of(model)]
 
 
 def cells_of(net: nn.Cell) -> dict[str, int]:
@@ -31,7 +31,7 @@ def test_merged_and_unmerged_outputs_agree(case: Case, mode: str):
         return
     model.merge_adapter()
     merged = base_weights(model)
-    assert all(layer.merged_adapters == ["default"] and layer.merged for layer in model.base_model.layers())
+    assert all(layer.merged_adapters == ["default"] and layer.merged for layer in layers_of(model))
     assert all(differ(new, old) for new, old in zip(merged, before))
     assert_same(model(x), unmerged, "merge")
 
@@ -42,7 +42,7 @@ def test_merged_and_unmerged_outputs_agree(case: Case, mode: str):
     model.unmerge_adapter()
     for new, old in zip(base_weights(model), before):
         assert_same(new, old, "unmerge")
-    assert not any(layer.merged_adapters or layer.merged for layer in model.base_model.layers())
+    assert not any(layer.merged_adapters or layer.merged for layer in layers_of(model))
     assert_same(model(x), unmerged)
 
     restored = base_weights(model)
@@ -55,7 +55,7 @@ def test_merged_and_unmerged_outputs_agree(case: Case, mode: str):
 def test_a_safe_merge_writes_no_nan(case: Case, mode: str, bad: float):
     model = case.adapted()
     before = base_weights(model)
-    last = model.base_model.layers()[-1]
+    last = layers_of(model)[-1]
     p = next(p for p in last.get_parameters() if "default" in p.name.split("."))
     broken = array(p)
     broken.flat[0] = bad
@@ -65,13 +65,14 @@ def test_a_safe_merge_writes_no_nan(case: Case, mode: str, bad: float):
         with pytest.raises(MergeError, match="NaNs detected in the merged weights" if case.can_merge else None):
             call()
         assert [w.tobytes() for w in base_weights(model)] == [w.tobytes() for w in before]
-        assert not any(layer.merged for layer in model.base_model.layers())
+        assert not any(layer.merged for layer in layers_of(model))
 
 
 def test_a_safe_merge_of_sound_weights_is_a_merge(case: Case):
     plain, safe = case.adapted(), case.adapted()
     if not case.can_merge:
-        pytest.raises(MergeError, safe.merge_adapter, safe_merge=True)
+        with pytest.raises(MergeError):
+            safe.merge_adapter(safe_merge=True)
         return
     plain.merge_adapter()
     safe.merge_adapter(safe_merge=True)
@@ -82,14 +83,15 @@ def test_merging_two_adapters_one_after_the_other(case: Case, mode: str):
     model = case.pair()
     before = base_weights(model)
     if not case.can_merge:
-        pytest.raises(MergeError, model.merge_adapter, ["one", "two"])
+        with pytest.raises(MergeError):
+            model.merge_adapter(["one", "two"])
         assert [w.tobytes() for w in base_weights(model)] == [w.tobytes() for w in before]
         return
     one = output(model)
     model.merge_adapter(["one"])
     with pytest.warns(UserWarning, match="Already following adapters were merged one. You are now additionally merg"):
         model.merge_adapter(["one", "two"])
-    assert all(layer.merged_adapters == ["one", "two"] for layer in model.base_model.layers())
+    assert all(layer.merged_adapters == ["one", "two"] for layer in layers_of(model))
     merged = output(model)
     model.unmerge_adapter()
     assert_same(output(model), one)
@@ -116,7 +118,8 @@ def test_merge_and_unload_leaves_the_base_models_own_cells(case: Case, mode: str
     model = case.adapted(base=base)
     expected = output(model)
     if not case.can_merge:
-        pytest.raises(MergeError, model.merge_and_unload)
+        with pytest.raises(MergeError):
+            model.merge_and_unload()
         assert_same(output(model), expected, "exact")
         return
     merged = model.merge_and_unload()
@@ -138,7 +141,8 @@ def test_merge_and_unload_of_one_adapter_of_two(case: Case):
     expected = output(model)
     model.set_adapter("one")
     if not case.can_merge:
-        pytest.raises(MergeError, model.merge_and_unload, adapter_names=["two"])
+        with pytest.raises(MergeError):
+            model.merge_and_unload(adapter_names=["two"])
         return
     assert_same(output(model.merge_and_unload(adapter_names=["two"])), expected, "merge")
 
@@ -172,7 +176,7 @@ def test_switching_a_merged_model_unmerges_it_first(case: Case):
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Adapter cannot be set when the model is merged. Unmerging the model first."):
         model.set_adapter("two")
-    assert not any(layer.merged for layer in model.base_model.layers())
+    assert not any(layer.merged for layer in layers_of(model))
     model.set_adapter("one")
     assert_same(output(model), one)
 

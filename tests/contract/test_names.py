@@ -19,7 +19,7 @@ nested = pytest.mark.parametrize("nested", block_cases(), ids=lambda case: case.
 
 
 def with_another(case: Case, name: str) -> tuple[PeftModel, PeftModel]:
-    """(a model with "default" and an adapter of this name, each with numbers of its own; the same with "default" only)."""
+    """A model with "default" and an adapter of this name, each with its own numbers; and one with "default" only."""
     model, plain = case.adapted(), case.adapted()
     own = {id(p) for p in model.get_parameters()}
     model.add_adapter(name, case.config())

@@ -86,6 +86,7 @@ CASES = {
         case("conv1d_groups", "conv1d", "conv1", merges=False),
         case("conv2d", "conv2d", "conv0", "lin"),
         case("conv2d_groups", "conv2d", "conv0", "conv1", merges=False),
+        case("conv2d_same", "conv2d_same", "conv0", "conv1", r=2),
         case("conv3d", "conv3d", "conv0"),
         case("conv3d_groups", "conv3d", "conv1", r=2, merges=False),
         case("hf_conv1d", "gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
@@ -104,6 +105,7 @@ _SHAPES = {
     "mint_linear": (3, 6),
     "conv1d": (2, 4, 9),
     "conv2d": (2, 4, 7, 5),
+    "conv2d_same": (2, 3, 6, 5),
     "conv3d": (2, 4, 3, 5, 4),
     "gpt2": (2, 3, 6),
 }

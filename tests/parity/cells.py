@@ -75,6 +75,18 @@ class Conv2dNet(nn.Cell):
         return self.lin(swish(self.conv1(swish(self.conv0(x)))).mean((2, 3)))
 
 
+class Conv2dSame(nn.Cell):
+    """Even kernels: one side gets more padding than the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 4, (4, 3), pad_mode="same", has_bias=True)
+        self.conv1 = nn.Conv2d(4, 3, (2, 5), pad_mode="pad", padding=(0, 1, 2, 2), has_bias=True)
+
+    def construct(self, x):
+        return self.conv1(swish(self.conv0(x))).mean(3)
+
+
 class Conv3dNet(nn.Cell):
     def __init__(self):
         super().__init__()
@@ -155,6 +167,7 @@ NETS = {
     "embedding": Table,
     "conv1d": Conv1dNet,
     "conv2d": Conv2dNet,
+    "conv2d_same": Conv2dSame,
     "conv3d": Conv3dNet,
     "gpt2": Gpt2Net,
     "blocks": Blocks,

@@ -84,7 +84,9 @@ def test_files(name, adapter, tmp_path):
     wanted, _ = ours.tensors_of(LORA / name / "adapter_model.safetensors")
     assert tensors == wanted
     assert metadata == {"format": "pt"}
-    assert (folder / "adapter_model.safetensors").read_bytes() == (LORA / name / "adapter_model.safetensors").read_bytes()
+    assert (folder / "adapter_model.safetensors").read_bytes() == (
+        LORA / name / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 @each_case

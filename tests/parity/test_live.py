@@ -296,7 +296,7 @@ def test_a_broken_scaling_would_be_seen():
     """The comparison itself: an output from a scaling that is 1 % off is no match."""
     weights, x, target, found = golden("linear")
     model = ours.load(CASES["linear"], weights, LORA / "linear")
-    for layer in model.base_model.layers():
+    for layer in model.base_model._layers():
         layer.adapters["default"].scaling *= 1.01
     with pytest.raises(AssertionError, match="output"):
         compare(ours.record(model, x, target), Record(**vars(found)))

@@ -65,9 +65,9 @@ def test_default_targets_of_the_architectures():
 
     from msft_peft.tuners.lora import METHOD
 
-    assert {key: sorted(value) if isinstance(value, list) else value for key, value in METHOD.default_targets.items()} == {
-        key: sorted(value) if isinstance(value, list) else value for key, value in HF_TARGETS.items()
-    }
+    assert {
+        key: sorted(value) if isinstance(value, list) else value for key, value in METHOD.default_targets.items()
+    } == {key: sorted(value) if isinstance(value, list) else value for key, value in HF_TARGETS.items()}
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -86,7 +86,9 @@ def random_config(seed: int) -> dict:
         "r": r.randint(1, 64),
         "lora_alpha": r.choice([1, 8, 16, 0.5, 32]),
         "lora_dropout": r.choice([0.0, 0.05, 0.5]),
-        "target_modules": r.sample(names, r.randint(1, 4)) if is_list else r.choice([None, "all-linear", r".*\.q_proj"]),
+        "target_modules": r.sample(names, r.randint(1, 4))
+        if is_list
+        else r.choice([None, "all-linear", r".*\.q_proj"]),
         "exclude_modules": maybe(lambda: r.choice([["lm_head", "k"], r".*\.3\..*"])),
         "bias": r.choice(["none", "all", "lora_only"]),
         "use_rslora": r.random() < 0.3,
@@ -247,9 +249,22 @@ def random_targets(seed: int) -> dict:
     """Arguments that choose layers of TREE, among them some that match nothing, or what cannot be adapted."""
     r = random.Random(seed)
     names = ["q_proj", "k_proj", "self_attn.q_proj", "up_proj", "0.up_proj", "xq_proj", "c_attn", "embed_tokens"]
-    names += ["layers.1.q_proj", "model.layers.2.self_attn.o_proj", "convs.1", "lm_head", "dense", "classifier.out_proj"]
+    names += [
+        "layers.1.q_proj",
+        "model.layers.2.self_attn.o_proj",
+        "convs.1",
+        "lm_head",
+        "dense",
+        "classifier.out_proj",
+    ]
     rare = ["proj", "q", "norm", "self_attn", "layers", "1", "odel.embed_tokens", "Q_PROJ", "q.proj"]
-    regexes = [r".*\.q_proj", r"q_proj", r".*q_proj", r".*(attn|experts\.1)\.[a-z_]*proj", r"model\.layers\.[02]\..*_proj"]
+    regexes = [
+        r".*\.q_proj",
+        r"q_proj",
+        r".*q_proj",
+        r".*(attn|experts\.1)\.[a-z_]*proj",
+        r"model\.layers\.[02]\..*_proj",
+    ]
     regexes += [r".*embed.*", r"(?!.*head).*(c_attn|head|dense)", r".*\.norm", "self_attn", "all-linear", "ALL-LINEAR"]
 
     def some(most):
@@ -265,7 +280,9 @@ def random_targets(seed: int) -> dict:
     if r.random() < 0.45:
         fields["layers_to_transform"] = r.choice([0, 1, [0, 2], [1], [], [7]])
         if r.random() < 0.5:
-            fields["layers_pattern"] = r.choice(["layers", "h", ["layers", "h"], ["h", "layers"], "experts", "lay.*", []])
+            fields["layers_pattern"] = r.choice(
+                ["layers", "h", ["layers", "h"], ["h", "layers"], "experts", "lay.*", []]
+            )
     patterns = [*names, r"layers\.\d", r"model\.layers\.1\..*", r".*\.k_proj", "q_proj|k_proj", "experts.0.up_proj"]
     if r.random() < 0.5:
         fields["rank_pattern"] = {key: r.randint(1, 9) for key in r.sample(patterns, r.randint(1, 4))}

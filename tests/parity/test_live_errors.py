@@ -206,7 +206,9 @@ FILES = {
     ),
     "invalid JSON": Row(lambda side, f: side.load(overwrite(f, CONFIG_FILE, b"{")), "ValueError"),
     "no config": Row(
-        lambda side, f: side.load(without(f, CONFIG_FILE)), "ValueError", says=("Can't find 'adapter_config.json' at '",)
+        lambda side, f: side.load(without(f, CONFIG_FILE)),
+        "ValueError",
+        says=("Can't find 'adapter_config.json' at '",),
     ),
     "no such folder": Row(
         lambda side, f: side.load(f / "a" / "b"), "ValueError", says=("Can't find 'adapter_config.json' at '",)
@@ -226,7 +228,7 @@ FILES = {
     "runtime_config": Row(
         lambda side, f: side.load(edit_config(f, runtime_config={"ephemeral_gpu_offload": True})),
         "warning",
-        says=("The configuration file contains a `runtime_config` key. This is ignored.",),
+        says=("contains a `runtime_config` key. This is ignored. Runtime configurations are only valid at runtime.",),
     ),
     "a dot in the adapter's name": Row(
         lambda side, f: side.load(f, adapter_name="my.ad"), "KeyError", "ValueError", (), ("'my.ad'",)
@@ -458,7 +460,9 @@ CALLS = {
     "a fan_in_fan_out that is corrected": Row(
         lambda side: side.adapt(fan_in_fan_out=True),
         "warning",
-        says=("fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",),
+        says=(
+            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",
+        ),
     ),
 }
 

@@ -14,7 +14,10 @@ LAYERS = {
     "embedding": (lambda: torch.nn.Embedding(50, 60), lambda: nn.Embedding(50, 60)),
     "conv1d": (lambda: torch.nn.Conv1d(12, 20, 5), lambda: nn.Conv1d(12, 20, 5, has_bias=True)),
     "conv2d": (lambda: torch.nn.Conv2d(8, 20, 3), lambda: nn.Conv2d(8, 20, 3, has_bias=True)),
-    "conv2d_groups": (lambda: torch.nn.Conv2d(8, 20, 3, groups=4), lambda: nn.Conv2d(8, 20, 3, group=4, has_bias=True)),
+    "conv2d_groups": (
+        lambda: torch.nn.Conv2d(8, 20, 3, groups=4),
+        lambda: nn.Conv2d(8, 20, 3, group=4, has_bias=True),
+    ),
     "conv3d": (lambda: torch.nn.Conv3d(6, 20, 2), lambda: nn.Conv3d(6, 20, 2, has_bias=True)),
 }
 RANK = 24

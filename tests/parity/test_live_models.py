@@ -82,7 +82,9 @@ MODELS = {
         EMBEDDINGS,
     ),
     "llama_tied": causal("Llama", {"tie_word_embeddings": True}, target_modules=["o_proj"]),
-    "llama_layer": causal("Llama", target_modules=["q_proj", "up_proj"], layers_to_transform=1, layers_pattern="layers"),
+    "llama_layer": causal(
+        "Llama", target_modules=["q_proj", "up_proj"], layers_to_transform=1, layers_pattern="layers"
+    ),
     "mistral": causal("Mistral", {"sliding_window": 3}),
     "qwen2": causal("Qwen2", bias="all"),
     "qwen3": causal("Qwen3", {"head_dim": 6}),
@@ -186,7 +188,11 @@ def our_numbers(model: PeftModel, name: str):
     arguments = [ms.Tensor(value) for value in batch(name).values()]
     step = ms.value_and_grad(Loss(model, MODELS[name].kind), None, params, has_aux=True)
     (loss, logits), grads = step(*arguments)
-    return loss.asnumpy(), logits.asnumpy(), {ours.torch_key(file_key(p.name)): g.asnumpy() for p, g in zip(params, grads)}
+    return (
+        loss.asnumpy(),
+        logits.asnumpy(),
+        {ours.torch_key(file_key(p.name)): g.asnumpy() for p, g in zip(params, grads)},
+    )
 
 
 def hf_numbers(model: HfPeftModel, name: str):

@@ -91,12 +91,7 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {rank}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
-                check_regex(name, pattern)
+        self._check_ranks()
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"`lora_dropout` is a probability in [0, 1), got {self.lora_dropout}")
         if self.bias not in BIASES:
@@ -112,6 +107,14 @@ class LoraConfig(TargetedConfig):
             raise ConfigError("lora_bias=True is not supported for DoRA, please pass use_dora=False")
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", PeftWarning, stacklevel=3)
+
+    def _check_ranks(self) -> None:
+        for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {rank}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                check_regex(name, pattern)
 
     @property
     def init(self) -> bool | str:
