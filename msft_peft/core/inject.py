@@ -300,6 +300,13 @@ def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[
                 "modules. Please check the name; it must be a module's whole path or the end of one from a dot on."
             )
         found |= hits
+    for path, cell in found.items():
+        adapted = [inner for inner, w in wrappers(cell) if isinstance(w, TunerLayer)]
+        if adapted:
+            raise ConfigError(
+                f"modules_to_save={config.modules_to_save!r}: {path} is, or holds, a layer that another adapter of "
+                "this model adapts, so it cannot be trained whole as well. Unload that adapter first."
+            )
     originals = {path: cell.base() if isinstance(cell, Wrapper) else cell for path, cell in found.items()}
     return {path: cell for path, cell in originals.items() if not lies_inside(path.rpartition(".")[0], originals)}
 

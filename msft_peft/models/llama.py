@@ -154,7 +154,7 @@ class LlamaModel(PreTrainedModel):
         ValueError: the config asks for a rope_type or an activation that is not built.
     """
 
-    config_class = DecoderConfig
+    config_class = LlamaConfig
     base_model_prefix = "model"
     heads = ("lm_head", "score")
 
@@ -165,7 +165,7 @@ class LlamaModel(PreTrainedModel):
         )
         self.layers = nn.CellList([LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.heads_ = config.num_attention_heads
+        self.num_heads = config.num_attention_heads
         self.inverse_frequencies = Tensor(inverse_frequencies(config))
         windows = {config.window(i) for i in range(config.num_hidden_layers)}
         self.window = next((window for window in windows if window is not None), None)
@@ -218,7 +218,7 @@ class LlamaModel(PreTrainedModel):
             position_ids = slots.reshape((1, -1))
         angles = position_ids.astype(ms.float32).expand_dims(-1) * self.inverse_frequencies  # (1 or B, T, D/2)
         cos, sin = ops.cos(angles).astype(x.dtype), ops.sin(angles).astype(x.dtype)
-        shape = (x.shape[0], self.heads_, t, 2 * cos.shape[-1])
+        shape = (x.shape[0], self.num_heads, t, 2 * cos.shape[-1])
         cos = ops.broadcast_to(ops.cat((cos, cos), -1).expand_dims(1), shape)
         sin = ops.broadcast_to(ops.cat((-sin, sin), -1).expand_dims(1), shape)
         mask = causal_mask(slots, length, attention_mask)
@@ -251,13 +251,14 @@ class LlamaModel(PreTrainedModel):
 class LlamaForCausalLM(PreTrainedModel, GenerationMixin):
     """The decoder with scores over the vocabulary; with `tie_word_embeddings` they share the embedding's Parameter."""
 
-    config_class = DecoderConfig
+    config_class = LlamaConfig
+    body_class = LlamaModel
     base_model_prefix = "model"
     heads = ("lm_head", "score")
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        self.model = LlamaModel(config)
+        self.model = self.body_class(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size, False, config.initializer_range)
         self.tie_weights()
         self.update_parameters_name()
@@ -317,14 +318,15 @@ class LlamaForCausalLM(PreTrainedModel, GenerationMixin):
 class LlamaForSequenceClassification(PreTrainedModel):
     """The decoder with class scores, read at the last token that is not padding."""
 
-    config_class = DecoderConfig
+    config_class = LlamaConfig
+    body_class = LlamaModel
     base_model_prefix = "model"
     heads = ("lm_head", "score")
     fresh_heads = ("score",)
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        self.model = LlamaModel(config)
+        self.model = self.body_class(config)
         self.num_labels = config.num_labels
         self.score = linear(config.hidden_size, config.num_labels, False, config.initializer_range)
         self.update_parameters_name()
@@ -396,12 +398,14 @@ class MistralForCausalLM(LlamaForCausalLM):
     """Mistral with scores over the vocabulary."""
 
     config_class = MistralConfig
+    body_class = MistralModel
 
 
 class MistralForSequenceClassification(LlamaForSequenceClassification):
     """Mistral with class scores."""
 
     config_class = MistralConfig
+    body_class = MistralModel
 
 
 class Qwen2Model(LlamaModel):
@@ -414,12 +418,14 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
     """Qwen2 with scores over the vocabulary."""
 
     config_class = Qwen2Config
+    body_class = Qwen2Model
 
 
 class Qwen2ForSequenceClassification(LlamaForSequenceClassification):
     """Qwen2 with class scores."""
 
     config_class = Qwen2Config
+    body_class = Qwen2Model
 
 
 class Qwen3Model(LlamaModel):
@@ -432,9 +438,11 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
     """Qwen3 with scores over the vocabulary."""
 
     config_class = Qwen3Config
+    body_class = Qwen3Model
 
 
 class Qwen3ForSequenceClassification(LlamaForSequenceClassification):
     """Qwen3 with class scores."""
 
     config_class = Qwen3Config
+    body_class = Qwen3Model

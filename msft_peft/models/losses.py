@@ -22,7 +22,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = logits.reshape((-1, logits.shape[-1])).astype(ms.float32)
     labels = labels.reshape((-1,)).astype(ms.int32)
-    return ops.nll_loss(ops.log_softmax(logits, -1), labels, ignore_index=IGNORE)
+    counted = ops.not_equal(labels, IGNORE)
+    labels = ops.where(counted, labels, ops.zeros_like(labels))
+    chosen = ops.gather_elements(ops.log_softmax(logits, -1), 1, labels.reshape((-1, 1))).reshape((-1,))
+    counted = counted.astype(ms.float32)
+    return -ops.sum(chosen * counted) / ops.sum(counted)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The parity suite: the same nets, weights and adapters in HF peft on torch and in msft_peft, whole tensors compared."""
+"""The parity suite: the same nets, weights and adapters in HF peft and in msft_peft, whole tensors compared."""

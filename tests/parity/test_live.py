@@ -176,7 +176,7 @@ class Norms(ms.nn.Cell):
 
 
 def test_modules_to_save_named_like_the_end_of_others(tmp_path):
-    """HF's "norm" means `input_norm` as well. Such a file, LongLoRA's for instance, must load here and mean the same."""
+    """HF's "norm" means `input_norm` as well. Such a file (LongLoRA's are) must load here and mean the same."""
     torch.manual_seed(0)
     base = HfNorms()
     weights = {key: value.numpy().copy() for key, value in base.state_dict().items()}
@@ -223,19 +223,17 @@ def test_half_precision_keeps_its_bits(name, dtype, suffix, tmp_path):
         if p.requires_grad:
             p.data = (0.3 * torch.randn(p.shape)).to(hf_dtype)
     hf.save_pretrained(folders[0])
-    for source, target in zip(folders, folders[1:]):
-        if target == folders[1]:
-            mine = half_cell(the_case.net, weights, ms_dtype)
-            mine = PeftModel.from_pretrained(mine, source, autocast_adapter_dtype=False)
-            mine.save_pretrained(target)
-            if suffix == "ckpt":  # once more, through MindSpore's own format
-                (target / "adapter_model.safetensors").unlink()
-                mine = half_cell(the_case.net, weights, ms_dtype)
-                mine = PeftModel.from_pretrained(mine, target, autocast_adapter_dtype=False)
-                mine.save_pretrained(target)
-        else:
-            module = theirs.build(the_case.net, weights).to(hf_dtype)
-            HfPeftModel.from_pretrained(module, source, autocast_adapter_dtype=False).save_pretrained(target)
+
+    def through_ours(source, target):
+        mine = half_cell(the_case.net, weights, ms_dtype)
+        PeftModel.from_pretrained(mine, source, autocast_adapter_dtype=False).save_pretrained(target)
+
+    through_ours(folders[0], folders[1])
+    if suffix == "ckpt":  # once more, from MindSpore's own format
+        (folders[1] / "adapter_model.safetensors").unlink()
+        through_ours(folders[1], folders[1])
+    module = theirs.build(the_case.net, weights).to(hf_dtype)
+    HfPeftModel.from_pretrained(module, folders[1], autocast_adapter_dtype=False).save_pretrained(folders[2])
     first, second, third = (ours.tensors_of(folder / "adapter_model.safetensors") for folder in folders)
     assert {kind for kind, _, _ in first[0].values()} == {"F16" if dtype == "float16" else "BF16"}
     assert first == second == third
@@ -274,6 +272,10 @@ def test_float16_outputs(name, autocast, mode, tmp_path):
     found = mine(ms.Tensor(batch))
     assert (found.dtype, wanted.dtype) == (ms.float16, torch.float16)
     same("half", found.asnumpy().astype(np.float32), wanted.float())
+    merged, hf_merged = ours.weights_of(mine.merge_and_unload()), hf.merge_and_unload().state_dict()
+    for key, value in merged.items():
+        assert value.dtype == np.float16
+        same("half", value.astype(np.float32), hf_merged[key].float(), key)
 
 
 # --- the model card and the folder ---------------------------------------------------------------------------------

@@ -197,8 +197,8 @@ FILES = {
         lambda side, f: side.load(edit_config(f, task_type="FOO_TASK")),
         "ValueError",
         says=(
-            "Invalid task type: 'FOO_TASK'. Must be one of the following task types: SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, "
-            "TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION.",
+            "Invalid task type: 'FOO_TASK'. Must be one of the following task types: SEQ_CLS, SEQ_2_SEQ_LM, "
+            "CAUSAL_LM, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION.",
         ),
     ),
     "causal LM, but a plain net": Row(
@@ -250,8 +250,8 @@ FILES = {
         lambda side, f: side.adapt().save_pretrained(f, selected_adapters=["q"]),
         "ValueError",
         says=(
-            "You passed an invalid `selected_adapters` arguments, current supported adapter names are ['default'] - got "
-            "['q'].",
+            "You passed an invalid `selected_adapters` arguments, current supported adapter names are ['default'] "
+            "- got ['q'].",
         ),
     ),
 }
@@ -453,15 +453,16 @@ CALLS = {
         lambda side: side.adapt(bias="all").disable_adapter().__enter__(),
         "warning",
         says=(
-            "Careful, disabling adapter layers with bias configured to be 'all' does not produce the same output as the "
-            "base model would without adaption.",
+            "Careful, disabling adapter layers with bias configured to be 'all' does not produce the same output "
+            "as the base model would without adaption.",
         ),
     ),
     "a fan_in_fan_out that is corrected": Row(
         lambda side: side.adapt(fan_in_fan_out=True),
         "warning",
         says=(
-            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",
+            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`.",
+            "Setting fan_in_fan_out to False.",
         ),
     ),
 }

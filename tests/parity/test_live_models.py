@@ -82,9 +82,7 @@ MODELS = {
         EMBEDDINGS,
     ),
     "llama_tied": causal("Llama", {"tie_word_embeddings": True}, target_modules=["o_proj"]),
-    "llama_layer": causal(
-        "Llama", target_modules=["q_proj", "up_proj"], layers_to_transform=1, layers_pattern="layers"
-    ),
+    "llama_layer": causal("Llama", target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers"),
     "mistral": causal("Mistral", {"sliding_window": 3}),
     "qwen2": causal("Qwen2", bias="all"),
     "qwen3": causal("Qwen3", {"head_dim": 6}),
@@ -265,6 +263,27 @@ def layers(model, layer_class) -> dict[str, tuple[int, float]]:
     tree = model.base_model.model
     walk = tree.named_modules() if isinstance(tree, torch.nn.Module) else tree.cells_and_names()
     return {path: (m.r["default"], m.scaling["default"]) for path, m in walk if isinstance(m, layer_class)}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_embeddings"])
+def test_files_that_carry_the_embeddings(name, checkpoints, tmp_path):
+    """With save_embedding_layers=True the base's trained or resized embeddings travel along, in both directions."""
+    folder = checkpoints(name)
+    hf = hf_adapter(name, folder)
+    with torch.no_grad():
+        for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
+            getattr(layer, "base_layer", layer).weight.add_(0.3 * torch.randn(30, 16))
+    hf.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    mine = PeftModel.from_pretrained(our_base(name, folder), tmp_path / "theirs", is_trainable=True).set_train(False)
+    wanted = hf_numbers(hf, name)[1]
+    same("model output", our_numbers(mine, name)[1], wanted)
+    mine.save_pretrained(tmp_path / "ours", save_embedding_layers=True)
+    a, b = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors")[0] for who in ("ours", "theirs"))
+    assert a == b
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = HfPeftModel.from_pretrained(hf_base(name, folder), tmp_path / "ours", is_trainable=True).eval()
+    same("model output", hf_numbers(again, name)[1], wanted)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "llama_embeddings"])

@@ -2,13 +2,13 @@
 
 MindSpore's optimizers and their twins on torch:
 
-- MindSpore's `nn` optimizers decay no parameter called gamma or beta, which are those of the norms; so torch is told not
-  to decay these either. `mindspore.experimental.optim` decays what it is given.
+- MindSpore's `nn` optimizers decay no parameter called gamma or beta, which are those of the norms; so torch is told
+  not to decay these either. `mindspore.experimental.optim` decays what it is given.
 - `nn.SGD` and `torch.optim.SGD` are the same, momentum and weight decay (added to the gradient) included.
 - `nn.Adam` and `torch.optim.Adam` both correct the bias and add weight decay to the gradient. They differ in where ε
   stands: nn.Adam divides by √v + ε before the correction, torch by √v̂ + ε after it. At ε = 1e-8 that is not seen.
-- `nn.AdamWeightDecay` decays the weights apart from the gradient, as AdamW does, but it has no bias correction, so that
-  its first steps are other ones (and ε = 1e-6 by default): no twin of `torch.optim.AdamW`.
+- `nn.AdamWeightDecay` decays the weights apart from the gradient, as AdamW does, but it has no bias correction, so
+  that its first steps are other ones (and ε = 1e-6 by default): no twin of `torch.optim.AdamW`.
 - `mindspore.experimental.optim.AdamW` is that twin: decoupled decay, bias correction, ε after it.
 """
 
