@@ -205,7 +205,7 @@ class TargetedConfig(PeftConfig):
             raise ConfigError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
         if self.modules_to_save is not None:
             given = self.modules_to_save
-            self.modules_to_save = sorted(given) if isinstance(given, set) else list(dict.fromkeys(given))
+            self.modules_to_save = sorted(given) if isinstance(given, set | frozenset) else list(dict.fromkeys(given))
         self._check_layers()
 
     def _check_layers(self) -> None:

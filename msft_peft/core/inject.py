@@ -165,6 +165,9 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
 
 def discard(model: nn.Cell, name: str) -> None:
     """Take all that bears `name` out of the model; the wrappers stay, and without adapters act as the base layers."""
+    if name in configs_of(model):
+        for p in _biases_of(model, name):
+            p.requires_grad = False
     for _, wrapper in wrappers(model):
         wrapper.discard(name)
     if name in configs_of(model):
@@ -182,13 +185,20 @@ def detach_all(model: nn.Cell) -> None:
 def activate(model: nn.Cell, names: Iterable[str], trainable: bool) -> None:
     """Make these adapters the active ones, trainable or frozen; all others are inactive and frozen."""
     names = list(names)
+    use(model, names)
     for _, wrapper in wrappers(model):
-        wrapper.activate(names)
         wrapper.set_requires_grad(wrapper.held(), False)
         wrapper.set_requires_grad(names, trainable)
     for name in configs_of(model):
         for p in _biases_of(model, name):
             p.requires_grad = trainable and name in names
+
+
+def use(model: nn.Cell, names: Iterable[str]) -> None:
+    """Make these adapters the active ones and leave alone what is trainable."""
+    names = list(names)
+    for _, wrapper in wrappers(model):
+        wrapper.activate(names)
 
 
 def configs_of(model: nn.Cell) -> dict[str, PeftConfig]:

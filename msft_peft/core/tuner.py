@@ -147,8 +147,6 @@ class Tuner(nn.Cell):
             raise MergeError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
-        for p in inject.adapter_in(self.model, adapter_name).biases(self.model).values():
-            p.parameter.requires_grad = False
         was_active = adapter_name in self._active
         inject.discard(self.model, adapter_name)
         self._active = tuple(name for name in self._active if name != adapter_name)

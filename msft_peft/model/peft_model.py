@@ -324,8 +324,7 @@ class PeftModel(nn.Cell):
         match.apply()
         if not same:
             inject.attach(base, adapter)
-            if adapter_name in self.active_adapters:
-                inject.activate(base, self.active_adapters, trainable=is_trainable)
+            inject.use(base, self.active_adapters)
             inject.settle(self)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
 
@@ -375,7 +374,9 @@ class PeftModel(nn.Cell):
         config.base_model_name_or_path = config.base_model_name_or_path or self._base_name()
         if config.task_type is None:
             kind = type(self.get_base_model())
-            config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            # Our reference models bear the names of the classes that HF's AutoPeftModel would import.
+            library = getattr(kind, "parent_library", kind.__module__)
+            config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": library}
         return config
 
 

@@ -1,6 +1,6 @@
 """Reference models over MindSpore that read and write HuggingFace checkpoints; they know nothing of adapters."""
 
-from .auto import (
+from msft_peft.models.auto import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -9,15 +9,15 @@ from .auto import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from .bert import (
+from msft_peft.models.bert import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
 )
-from .config import BertConfig, LlamaConfig, MistralConfig, ModelConfig, Qwen2Config, Qwen3Config
-from .llama import (
+from msft_peft.models.config import BertConfig, LlamaConfig, MistralConfig, ModelConfig, Qwen2Config, Qwen3Config
+from msft_peft.models.llama import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -31,8 +31,8 @@ from .llama import (
     Qwen3ForSequenceClassification,
     Qwen3Model,
 )
-from .losses import LossOnly
-from .pretrained import PreTrainedModel
+from msft_peft.models.losses import LossOnly
+from msft_peft.models.pretrained import PreTrainedModel
 
 __all__ = [
     "AutoConfig",

@@ -14,8 +14,9 @@ _matmul = ops.MatMul()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """softmax(q·kᵀ/√D + mask)·v, with each key/value head shared by N/K query heads (Vaswani et al. 2017,
-    arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245).
+    """softmax(q·kᵀ/√D + mask)·v, with each key/value head shared by N/K query heads.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
 
     Args:
         q: (B, N, T, D).

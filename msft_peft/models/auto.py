@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-from .bert import (
+from msft_peft.models.bert import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
 )
-from .checkpoint import CONFIG_FILE, resolve_folder
-from .config import CONFIG_CLASSES, ModelConfig
-from .llama import (
+from msft_peft.models.checkpoint import CONFIG_FILE, resolve_folder
+from msft_peft.models.config import CONFIG_CLASSES, ModelConfig
+from msft_peft.models.llama import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -28,7 +28,7 @@ from .llama import (
     Qwen3ForSequenceClassification,
     Qwen3Model,
 )
-from .pretrained import PreTrainedModel
+from msft_peft.models.pretrained import PreTrainedModel
 
 
 class AutoConfig(ModelConfig):

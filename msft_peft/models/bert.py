@@ -5,16 +5,18 @@ A block is  h = LN(x + Attention(x)),  y = LN(h + W₂·act(W₁·h)).
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from .attention import attend, padding_mask
-from .config import BertConfig
-from .layers import Embedding, LayerNorm, activation, linear, tanh
-from .losses import classification_loss, cross_entropy
-from .pretrained import PreTrainedModel
+from msft_peft.models.attention import attend, padding_mask
+from msft_peft.models.config import BertConfig
+from msft_peft.models.layers import Embedding, LayerNorm, activation, linear, tanh
+from msft_peft.models.losses import classification_loss, cross_entropy
+from msft_peft.models.pretrained import PreTrainedModel
 
 
 class BertEmbeddings(nn.Cell):
@@ -30,11 +32,8 @@ class BertEmbeddings(nn.Cell):
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
 
     def construct(self, input_ids, token_type_ids, position_ids, inputs_embeds):
-        """Embed `input_ids` (B, T), or take `inputs_embeds` (B, T, H); absent types are 0, absent positions 0, 1, ...."""
+        """Embed `input_ids` (B, T), or take `inputs_embeds` (B, T, H), at `position_ids` (1 or B, T)."""
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        t = x.shape[1]
-        if position_ids is None:
-            position_ids = Tensor(np.arange(t, dtype=np.int32)).reshape((1, t))
         if token_type_ids is None:
             token_type_ids = ops.zeros_like(position_ids)
         x = x + (self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids))
@@ -129,7 +128,7 @@ class BertEncoder(nn.Cell):
 
     def construct(self, x, mask, past_key_values):
         """Return the input of every block and the last output, each (B, T, H)."""
-        states = (x,)
+        states: tuple[Any, ...] = (x,)
         for i, layer in enumerate(self.layer):
             x = layer(x, mask, None if past_key_values is None else past_key_values[i])
             states = (*states, x)
@@ -196,7 +195,7 @@ class BertModel(BertPreTrainedModel):
             input_ids: (B, T), integers; or give `inputs_embeds`.
             attention_mask: (B, P + T), nonzero at real tokens; None: all are real.
             token_type_ids: (B, T), the sentence that a token belongs to; default 0.
-            position_ids: (1 or B, T); default 0, 1, ....
+            position_ids: (1 or B, T); default: counted on from the prefix.
             inputs_embeds: (B, T, H), in place of the word embeddings.
             past_key_values: a prefix of P keys and values for each layer, a tuple of pairs (B, N, P, D).
             output_hidden_states: also return the embeddings and every block's output, as a tuple.
@@ -209,11 +208,17 @@ class BertModel(BertPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("BertModel needs either input_ids or inputs_embeds: got both, or neither.")
-        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        length = x.shape[1] if past_key_values is None else x.shape[1] + past_key_values[0][0].shape[2]
+        t = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        prefix = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        length = prefix + t
         if attention_mask is not None and attention_mask.shape[1] != length:
-            raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, but prefix and tokens need "
-                             f"{length}. Put ones in front of it for a prefix.")
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but prefix and tokens need "
+                f"{length}. Put ones in front of it for a prefix."
+            )
+        if position_ids is None:
+            position_ids = Tensor(np.arange(prefix, length, dtype=np.int32)).reshape((1, t))
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = None if attention_mask is None else padding_mask(attention_mask)
         states = self.encoder(x, mask, past_key_values)
         x = states[-1]
@@ -276,7 +281,13 @@ class BertForSequenceClassification(BertPreTrainedModel):
             A dict: "loss" if `labels` are given, "logits" (B, C), and "hidden_states" when asked.
         """
         body = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, output_hidden_states
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
         )
         logits = self.classifier(self.dropout(body["pooler_output"]))
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
@@ -311,7 +322,13 @@ class BertForTokenClassification(BertPreTrainedModel):
             A dict: "loss" if `labels` are given, "logits" (B, T, C), and "hidden_states" when asked.
         """
         body = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, output_hidden_states
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
         )
         logits = self.classifier(self.dropout(body["last_hidden_state"]))
         return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
@@ -342,10 +359,16 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         """Score starts and ends; positions (B,) outside the sequence are ignored in the loss.
 
         Returns:
-            A dict: "loss" if both positions are given, "start_logits", "end_logits" (B, T), "hidden_states" when asked.
+            A dict: "loss" if both positions are given, "start_logits" and "end_logits" (B, T), "hidden_states".
         """
         body = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, output_hidden_states
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
         )
         logits = self.qa_outputs(body["last_hidden_state"])  # (B, T, 2)
         start, end = logits[..., 0], logits[..., 1]
@@ -435,7 +458,13 @@ class BertForMaskedLM(BertPreTrainedModel):
             A dict: "loss" if `labels` are given, "logits" (B, T, V), and "hidden_states" when asked.
         """
         body = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values, output_hidden_states
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            output_hidden_states,
         )
         logits = self.cls(body["last_hidden_state"])
         return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from msft_peft.backend.files import replacing
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a temporary path beside `path` and move it there at the end: a crash leaves the old file or the new one."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
 
 
 def inside(folder: str, name: str, source: str) -> str:
@@ -37,12 +28,12 @@ def inside(folder: str, name: str, source: str) -> str:
     Raises:
         ValueError: the result would lie outside `folder`; `source` says where the name came from.
     """
-    path = os.path.normpath(os.path.join(folder, name))
-    if os.path.isabs(name) or os.path.commonpath([os.path.abspath(folder), os.path.abspath(path)]) != os.path.abspath(
-        folder
-    ):
-        raise ValueError(f"{source} names '{name}', which lies outside the folder '{folder}'. Only names inside it "
-                         f"are read; do not use this checkpoint before you know why it says so.")
+    root, path = os.path.abspath(folder), os.path.abspath(os.path.join(folder, name))
+    if os.path.commonpath([root, path]) != root:
+        raise ValueError(
+            f"{source} names '{name}', which lies outside the folder '{folder}'. Only names inside it are read; "
+            f"do not use this checkpoint before you know why it says so."
+        )
     return path
 
 
@@ -74,9 +65,7 @@ def resolve_folder(
     return folder, rest
 
 
-def fetch_checkpoint(
-    name_or_path: str | os.PathLike, kwargs: dict[str, Any]
-) -> tuple[str, list[str], dict[str, Any]]:
+def fetch_checkpoint(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     """Return the folder of a whole checkpoint, the paths of its safetensors files, and the other `kwargs`.
 
     Raises:
@@ -125,7 +114,7 @@ def _opened(path: str) -> Iterator[Any]:
         with safe_open(path, framework="np") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{path}' is not a readable safetensors file ({error}). Download or save it again.") from error
+        raise ValueError(f"'{path}' is no readable safetensors file ({error}). Download or save it again.") from error
 
 
 def tensor_shapes(paths: list[str]) -> dict[str, tuple[int, ...]]:
@@ -133,7 +122,7 @@ def tensor_shapes(paths: list[str]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in paths:
         with _opened(path) as file:
-            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118 no dict
+            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
     return shapes
 
 
@@ -141,12 +130,11 @@ def tensors(paths: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor as an array of its own, one at a time; a bar shows the progress through several files."""
     for path in tqdm(paths, desc="Loading checkpoint shards", disable=len(paths) < 2):
         with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 no dict
+            for key in file.keys():
                 yield key, file.get_tensor(key)
 
 
 def write_tensors(arrays: dict[str, np.ndarray], folder: str | os.PathLike) -> None:
     """Write `model.safetensors` into `folder`, atomically, in the form that transformers reads."""
-    os.makedirs(folder, exist_ok=True)
-    with atomic_write(os.path.join(folder, WEIGHTS_FILE)) as path:
+    with replacing(Path(folder) / WEIGHTS_FILE) as path:
         save_file(arrays, path, metadata={"format": "pt"})

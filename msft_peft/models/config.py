@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .checkpoint import CONFIG_FILE, atomic_write, resolve_folder
+from msft_peft.backend.files import write_text
+from msft_peft.models.checkpoint import CONFIG_FILE, resolve_folder
 
 _COMMON = {
     "architectures": None,
@@ -47,8 +49,14 @@ class ModelConfig:
         values: settings that differ from the family's defaults; `num_labels=n` names n labels "LABEL_0", ....
     """
 
+    architectures: list[str] | None
     model_type: ClassVar[str] = ""
     defaults: ClassVar[dict[str, Any]] = {}
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, key: str) -> Any:
+            """Any setting of the file."""
 
     def __init__(self, **values: Any):
         values = {**_COMMON, **copy.deepcopy(self.defaults), **values}
@@ -106,16 +114,14 @@ class ModelConfig:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `config.json` into `folder`, which is made if need be."""
-        os.makedirs(folder, exist_ok=True)
-        with atomic_write(os.path.join(folder, CONFIG_FILE)) as path:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(self.to_json_string())
+        write_text(Path(folder) / CONFIG_FILE, self.to_json_string())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> ModelConfig:
         """Build the config of the family that `values["model_type"]` names.
 
         Raises:
+            TypeError: an override is no setting of the family.
             ValueError: the family is not built here, or is not the one that this class stands for.
         """
         found = values.get("model_type") or cls.model_type
@@ -124,7 +130,14 @@ class ModelConfig:
                 f"{cls.__name__} reads configs of model_type '{cls.model_type}', but this config.json says '{found}'. "
                 f"Use AutoConfig, or the class of that family."
             )
-        return config_class(found)(**{**values, **overrides})
+        config = config_class(found)(**values)
+        unknown = sorted(key for key in overrides if not hasattr(config, key))
+        if unknown:
+            raise TypeError(
+                f"{unknown} are neither settings of {type(config).__name__} nor arguments that go to the Hub. Check "
+                f"the spelling, or leave them out: what concerns torch alone has no meaning here."
+            )
+        return type(config)(**{**values, **overrides}) if overrides else config
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> ModelConfig:
@@ -169,6 +182,9 @@ def read_json(path: str) -> dict[str, Any]:
 
 class DecoderConfig(ModelConfig):
     """What the decoder families share: head counts and the window of each layer."""
+
+    num_key_value_heads: int
+    head_dim: int
 
     def _complete(self) -> None:
         if self.num_key_value_heads is None:
@@ -219,6 +235,8 @@ class MistralConfig(DecoderConfig):
 
 class Qwen2Config(DecoderConfig):
     """Qwen2 and Qwen2.5 (Yang et al. 2024, arXiv:2407.10671): Llama with biases on q, k and v."""
+
+    layer_types: list[str]
 
     model_type = "qwen2"
     defaults: ClassVar = {

@@ -8,11 +8,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from msft_peft.models.pretrained import PreTrainedModel
+
 _BUCKET = 64  # in graph mode prompts and caches are lengthened to multiples of this: few shapes, few compilations
 
 
-class GenerationMixin:
-    """`generate` for models with scores over the vocabulary.
+class GenerativeModel(PreTrainedModel):
+    """A model with scores over the vocabulary that can `generate`.
 
     The prompt runs through the model once; then each token runs alone against a cache of fixed size, so that in graph
     mode this step is compiled once. The cache lives in a call of `generate` only: nothing is left in the model.
@@ -87,7 +89,7 @@ class GenerationMixin:
                 "input_ids" if inputs_embeds is None else "inputs_embeds": Tensor(prompt),
                 "attention_mask": Tensor(real),
                 "position_ids": Tensor(np.maximum(real.cumsum(-1, dtype=np.int32) - 1, 0)[:, prefix:]),
-                "past_key_values": past_key_values,
+                "past_key_values": None if past_key_values is None else ms.mutable(past_key_values),
                 "logits_to_keep": 1,
             }
             outputs = self(use_cache=True, **step)
@@ -106,7 +108,7 @@ class GenerationMixin:
                     input_ids=Tensor(picked.astype(np.int32)),
                     attention_mask=Tensor(real),
                     position_ids=Tensor(position),
-                    past_key_values=cache,
+                    past_key_values=ms.mutable(cache),  # else a graph takes the tensors as constants, anew each time
                     use_cache=True,
                     cache_position=Tensor(np.array([slot], dtype=np.int32)),
                 )
@@ -120,17 +122,17 @@ class _Chooser:
     """Picks the next token of each text from its scores, in numpy: a compiled graph would draw the same each time."""
 
     def __init__(
-        self, do_sample: bool, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seed: int | None
+        self, do_sample: bool, temperature: float, top_k: int, top_p: float, penalty: float, seed: int | None
     ):
         for name, value, good, want in (
             ("temperature", temperature, temperature > 0, "> 0 (for the most probable token: do_sample=False)"),
             ("top_k", top_k, top_k is None or top_k >= 0, ">= 0"),
             ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
-            ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "> 0"),
+            ("repetition_penalty", penalty, penalty > 0, "> 0"),
         ):
             if not good:
                 raise ValueError(f"generate: {name}={value} should be {want}.")
-        self.do_sample, self.temperature, self.penalty = do_sample, temperature, repetition_penalty
+        self.do_sample, self.temperature, self.penalty = do_sample, temperature, penalty
         self.top_k, self.top_p = top_k or 0, 1.0 if top_p is None else top_p
         self.random = np.random if seed is None else np.random.RandomState(seed)
 
@@ -173,13 +175,12 @@ def _read_prompt(
     attention_mask: Tensor | np.ndarray | None,
     prefix: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the tokens of the result so far (B, T or 0), the model's input (B, T) or (B, T, H), its mask (B, P + T)."""
+    """Return the result so far (B, T or 0), the model's input (B, T) or (B, T, H), and its mask (B, P + T)."""
     if input_ids is None and inputs_embeds is None:
         raise ValueError("generate needs a prompt: input_ids (B, T) or inputs_embeds (B, T, H).")
-    ids = None if input_ids is None else _as_array(input_ids).astype(np.int32)
-    prompt = ids if inputs_embeds is None else _as_array(inputs_embeds)
+    prompt = _as_array(input_ids).astype(np.int32) if inputs_embeds is None else _as_array(inputs_embeds)
     batch, t = prompt.shape[:2]
-    tokens = np.zeros((batch, 0), np.int64) if ids is None else ids.astype(np.int64)
+    tokens = np.zeros((batch, 0), np.int64) if input_ids is None else _as_array(input_ids).astype(np.int64)
     if attention_mask is None:
         real = np.ones((batch, t), np.int32)
     else:

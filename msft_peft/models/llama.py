@@ -1,38 +1,37 @@
 """The Llama family: Llama, Mistral, Qwen2 and Qwen3, under HuggingFace's module and parameter names.
 
-A block is  h = x + Attention(RMSNorm(x)),  y = h + MLP(RMSNorm(h)),  with rotary positions and grouped key/value heads.
-The families differ only in their config: Mistral adds a sliding window, Qwen2 biases on q, k and v, Qwen3 an RMS norm on
-every head of q and k.
+A block is  h = x + Attention(RMSNorm(x)),  y = h + MLP(RMSNorm(h)),  with rotary positions and grouped key and value
+heads. The families differ only in their config: Mistral adds a sliding window, Qwen2 biases on q, k and v, Qwen3 an
+RMS norm on every head of q and k.
 
 The key/value cache is a plain argument and result, never state of a Cell: a tuple with a pair (key, value) for each
-layer, each (B, K, S, D). What is passed in may as well be a trained prefix. Without `cache_position` new keys and values
-are appended; with it they are written into that slot of a cache of fixed size.
+layer, (B, K, S, D) each. What is passed in may as well be a trained prefix. Without `cache_position` new keys and
+values are appended; with it they are written into that slot of a cache of fixed size.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from .attention import attend, causal_mask
-from .config import DecoderConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from .generation import GenerationMixin
-from .layers import Embedding, RMSNorm, activation, linear
-from .losses import classification_loss, next_token_loss
-from .pretrained import PreTrainedModel
-
-Cache = tuple[tuple[Tensor, Tensor], ...]
+from msft_peft.models.attention import attend, causal_mask
+from msft_peft.models.config import DecoderConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from msft_peft.models.generation import GenerativeModel
+from msft_peft.models.layers import Embedding, RMSNorm, activation, linear
+from msft_peft.models.losses import classification_loss, next_token_loss
+from msft_peft.models.pretrained import PreTrainedModel
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     """Compute the D/2 angles per position of the rotary embedding, θ^(-2i/D), scaled as the config says.
 
-    "linear" divides all of them by `factor` (Chen et al. 2023, arXiv:2306.15595). "llama3" divides only those that turn
-    less than `low_freq_factor` times within the original context, leaves those that turn more than `high_freq_factor`
-    times, and blends in between (Llama 3.1: Grattafiori et al. 2024, arXiv:2407.21783).
+    "linear" divides all of them by `factor` (Chen et al. 2023, arXiv:2306.15595). "llama3" divides only those that
+    turn less than `low_freq_factor` times within the original context, leaves those that turn more than
+    `high_freq_factor` times, and blends in between (Llama 3.1: Grattafiori et al. 2024, arXiv:2407.21783).
 
     Raises:
         ValueError: another rope_type.
@@ -154,7 +153,7 @@ class LlamaModel(PreTrainedModel):
         ValueError: the config asks for a rope_type or an activation that is not built.
     """
 
-    config_class = LlamaConfig
+    config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
     base_model_prefix = "model"
     heads = ("lm_head", "score")
 
@@ -208,8 +207,10 @@ class LlamaModel(PreTrainedModel):
         cached = 0 if past_key_values is None else past_key_values[0][0].shape[2]
         length = cached + t if cache_position is None else cached
         if attention_mask is not None and attention_mask.shape[1] != length:
-            raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, but {cached} cached slots and {t} "
-                             f"new tokens need {length}. Put ones in front of it for a cache or a prefix.")
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but {cached} cached slots and "
+                f"{t} new tokens need {length}. Put ones in front of it for a cache or a prefix."
+            )
         if cache_position is None:
             slots = Tensor(np.arange(cached, cached + t, dtype=np.int32))
         else:
@@ -224,7 +225,8 @@ class LlamaModel(PreTrainedModel):
         mask = causal_mask(slots, length, attention_mask)
         windowed = mask if self.window is None else causal_mask(slots, length, attention_mask, self.window)
 
-        states, cache = (), ()
+        states: tuple[Any, ...] = ()
+        cache: tuple[Any, ...] = ()
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 states = (*states, x)
@@ -248,11 +250,11 @@ class LlamaModel(PreTrainedModel):
         self._cells["embed_tokens"] = embeddings
 
 
-class LlamaForCausalLM(PreTrainedModel, GenerationMixin):
+class LlamaForCausalLM(GenerativeModel):
     """The decoder with scores over the vocabulary; with `tie_word_embeddings` they share the embedding's Parameter."""
 
-    config_class = LlamaConfig
-    body_class = LlamaModel
+    config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
+    body_class: ClassVar[type[LlamaModel]] = LlamaModel
     base_model_prefix = "model"
     heads = ("lm_head", "score")
 
@@ -318,8 +320,8 @@ class LlamaForCausalLM(PreTrainedModel, GenerationMixin):
 class LlamaForSequenceClassification(PreTrainedModel):
     """The decoder with class scores, read at the last token that is not padding."""
 
-    config_class = LlamaConfig
-    body_class = LlamaModel
+    config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
+    body_class: ClassVar[type[LlamaModel]] = LlamaModel
     base_model_prefix = "model"
     heads = ("lm_head", "score")
     fresh_heads = ("score",)
@@ -364,8 +366,10 @@ class LlamaForSequenceClassification(PreTrainedModel):
         x = body["last_hidden_state"]
         b, t, _ = x.shape
         if pad is None and b > 1:
-            raise ValueError(f"{b} sequences in a batch, but config.pad_token_id is None: their ends are unknown. "
-                             f"Set model.config.pad_token_id.")
+            raise ValueError(
+                f"{b} sequences in a batch, but config.pad_token_id is None: their ends are unknown. "
+                f"Set model.config.pad_token_id."
+            )
         if input_ids is None or pad is None:
             last = x[:, -1]
         else:

@@ -63,7 +63,8 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
         softplus = ops.relu(wide) + ops.log(1.0 + ops.exp(-ops.abs(wide)))
         return ops.mean(softplus - wide * labels.astype(ms.float32))
     raise ValueError(
-        f"problem_type '{problem_type}' is none of regression, single_label_classification, multi_label_classification."
+        f"problem_type '{problem_type}' is none of regression, single_label_classification and "
+        f"multi_label_classification."
     )
 
 

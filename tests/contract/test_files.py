@@ -129,6 +129,7 @@ def test_saving_changes_nothing(case: Case, mode: str, tmp_path: Path):
     assert_same(output(model), expected, "exact")
 
 
+@pytest.mark.filterwarnings("ignore:Careful, disabling")
 def test_a_merged_adapter_is_saved_as_it_was(case: Case, tmp_path: Path):
     if not case.can_merge:
         return
@@ -199,22 +200,50 @@ def test_loading_over_an_adapter_replaces_its_weights(case: Case, mode: str, tmp
     assert [p.name for p in other.get_parameters()] == [path for path, _ in other.parameters_and_names()]
 
 
-def test_loading_over_a_merged_adapter_spares_the_base(case: Case, tmp_path: Path):
-    """Or it is refused; but the base weights must not be lost."""
-    if not case.can_merge or case.trains:
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
+@pytest.mark.parametrize("trainable", [False, True])
+def test_loading_another_config_over_an_adapter_replaces_it_whole(case: Case, tmp_path: Path, trainable: bool):
+    unbiased = {"bias": "none"} if case.trains else {}
+    other = {"target_modules": list(case.targets[:1]), **unbiased}
+    small = case.adapted(**other)
+    small.save_pretrained(tmp_path)
+    model = case.adapted()
+    model.load_adapter(tmp_path, "default", is_trainable=trainable)
+    assert model.active_adapters == ["default"]
+    expected = {p.name for p in weights_of(small, "default")}
+    assert {p.name for p in weights_of(model, "default")} == expected
+    assert {p.name for p in model.trainable_params()} == (expected if trainable else set())
+    assert_same(output(model), output(small))
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
+def test_loading_another_config_over_one_of_two_leaves_the_other(case: Case, tmp_path: Path):
+    if case.whole:
+        return
+    unbiased = {"bias": "none"} if case.trains else {}
+    case.adapted(target_modules=list(case.targets[:1]), **unbiased).save_pretrained(tmp_path)
+    model = case.pair()
+    model.base_model.set_adapter(["one", "two"])
+    model.load_adapter(tmp_path, "two")
+    assert model.active_adapters == ["one", "two"]
+    assert all(p.requires_grad for p in weights_of(model, "one"))
+    assert not any(p.requires_grad for p in weights_of(model, "two"))
+
+
+def test_loading_over_a_merged_adapter_unmerges_it_first(case: Case, tmp_path: Path):
+    """Else unmerging would later take out weights that were never put in, and the base would be lost."""
+    if not case.can_merge:
         return
     model = trained(case)
     model.save_pretrained(tmp_path)
     other = case.adapted()
     other.merge_adapter()
-    try:
+    with pytest.warns(UserWarning, match="Adapter default cannot be overwritten when the model is merged. Unmerging"):
         other.load_adapter(tmp_path, "default")
-    except ValueError:
-        pass
-    if any(layer.merged for layer in layers_of(other)):
-        other.unmerge_adapter()
-    with other.disable_adapter():
-        assert_same(output(other), output(case.base()))
+    assert not any(layer.merged for layer in layers_of(other))
+    assert_same(output(other), output(model))
+    for ours, theirs in zip(layers_of(other), layers_of(case.adapted())):
+        assert_same(ours.weight, theirs.weight, "unmerge")
 
 
 @first

@@ -71,6 +71,19 @@ def test_the_formula_of_a_convolution():
     assert_same(model.conv(x), expected, "merge")
 
 
+def test_the_formula_of_a_grouped_convolution():
+    """As in HF: the first convolution reads all channels, the second is grouped like the layer."""
+    net = nets.Conv(2, channels=(4, 6), group=2, pad_mode="valid")
+    x = net.sample()
+    model = adapted(net, ["conv"], r=4)
+    a, b = weights_of(model, "default")
+    assert (a.shape, b.shape) == ((4, 4, 3, 3), (6, 2, 1, 1))
+    down = nn.Conv2d(4, 4, 3, pad_mode="valid", weight_init=ms.Tensor(array(a)))
+    up = nn.Conv2d(4, 6, 1, group=2, weight_init=ms.Tensor(array(b)))
+    expected = array(model.conv.base_layer(x)) + 1.5 * array(up(down(x)))
+    assert_same(model.conv(x), expected, "merge")
+
+
 def test_the_delta_goes_in_before_a_fused_activation():
     net = nets.FusedDense()
     x = net.sample()

@@ -98,7 +98,9 @@ def test_two_that_multiply_merge_in_turn_and_unmerge_to_the_bit():
 
 
 @pytest.mark.parametrize(
-    ("net", "target"), [(nets.Dense, "lin0"), (nets.Embedding, "emb"), (lambda: nets.Conv(2), "conv")], ids=str
+    ("net", "target"),
+    [(nets.Dense, "lin0"), (nets.Embedding, "emb"), (lambda: nets.Conv(2), "conv")],
+    ids=["dense", "embedding", "conv"],
 )
 def test_a_delta_weight_is_all_that_an_additive_method_must_write(net: Any, target: str, mode: str):
     model = get_peft_model(net(), DeltaConfig(target_modules=[target]))

@@ -1,0 +1,309 @@
+"""The reference models by themselves: both modes agree, gradients are true, masks mask, replaced layers are used."""
+
+import mindspore as ms
+import mindspore.dataset as ds
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+import msft_peft.models as models
+from msft_peft.models.attention import SoftmaxMix
+from msft_peft.models.layers import GELU, LayerNorm, RMSNorm, activation, gelu_tanh
+from msft_peft.models.losses import classification_loss, cross_entropy
+from tests.models import tiny
+
+
+def classifier(**overrides):
+    return tiny.scatter(models.BertForSequenceClassification(models.BertConfig(**{**tiny.BERT, **overrides})))
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("build", [tiny.decoder, classifier])
+def test_modes_agree(build):
+    model = build()
+    mask = tiny.left_mask()
+    labels = tiny.tokens() if build is tiny.decoder else np.array([0, 1, 1], np.int32)
+    batch = {"input_ids": tiny.tokens(), "attention_mask": mask, "labels": labels}
+    loss, logits, gradients = tiny.loss_logits_gradients(model, batch)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    graph_loss, graph_logits, graph_gradients = tiny.loss_logits_gradients(model, batch)
+    tiny.close(graph_loss, loss, 1e-5)
+    tiny.close(graph_logits, logits, 1e-5)
+    for name, gradient in gradients.items():
+        tiny.close(graph_gradients[name], gradient, 1e-5)
+    outputs = model(Tensor(tiny.tokens()), Tensor(mask))  # a Cell called as a root, without labels
+    assert list(outputs) == ["logits"]
+    tiny.close(outputs["logits"].asnumpy(), logits, 1e-5)
+
+
+@pytest.mark.parametrize("build", [lambda: tiny.decoder("qwen3"), classifier], ids=["qwen3", "bert"])
+def test_gradients_match_finite_differences(build):
+    model = build()
+    mask = tiny.left_mask()
+    is_decoder = model.config.model_type == "qwen3"
+    # A padding token sees nothing: its softmax is flat and has no slope, so no label may follow one.
+    follows = np.pad(mask[:, :-1], [(0, 0), (1, 0)])
+    labels = np.where(follows == 1, tiny.tokens(), -100) if is_decoder else np.array([0, 1, 1])
+    batch = {"input_ids": tiny.tokens(), "attention_mask": mask, "labels": labels.astype(np.int32)}
+    columns = [Tensor(column) for column in batch.values()]
+    net = models.LossOnly(model, tuple(batch))
+    _, _, gradients = tiny.loss_logits_gradients(model, batch)
+    random = np.random.RandomState(3)
+    for p in model.trainable_params():
+        start, direction = p.asnumpy().copy(), random.normal(size=p.shape).astype(np.float32)
+        direction /= np.linalg.norm(direction)
+        losses = []
+        for step in (0.02, -0.02):
+            p.copy_(Tensor(start + step * direction))
+            losses.append(float(net(*columns)))
+        p.copy_(Tensor(start))
+        slope, expected = (losses[0] - losses[1]) / 0.04, float((gradients[p.name] * direction).sum())
+        assert abs(slope - expected) < 2e-3 + 0.02 * abs(expected), p.name
+
+
+@pytest.mark.parametrize("name", tiny.DECODERS)
+def test_padding_on_the_left_changes_nothing(name):
+    model = tiny.decoder(name)
+    whole = model(Tensor(tiny.tokens()), Tensor(tiny.left_mask()), position_ids=Tensor(_positions(tiny.left_mask())))
+    alone = model(Tensor(tiny.tokens()[:1, 4:]))
+    tiny.close(whole["logits"].asnumpy()[:1, 4:], alone["logits"].asnumpy())
+
+
+def test_padding_on_the_right_changes_nothing_in_bert():
+    model = classifier()
+    mask = np.ones((3, 12), np.int32)
+    mask[0, 9:] = 0
+    whole = model(Tensor(tiny.tokens()), Tensor(mask))["logits"].asnumpy()[:1]
+    tiny.close(whole, model(Tensor(tiny.tokens()[:1, :9]))["logits"].asnumpy())
+
+
+def _positions(mask: np.ndarray) -> np.ndarray:
+    return np.maximum(mask.cumsum(-1) - 1, 0).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2"])
+def test_cache_in_parts_equals_the_whole(name):
+    model = tiny.decoder(name)
+    ids = Tensor(tiny.tokens())
+    whole = model(ids)["logits"].asnumpy()
+    first = model(ids[:, :7], use_cache=True)
+    second = model(ids[:, 7:], past_key_values=first["past_key_values"])
+    tiny.close(np.concatenate([first["logits"].asnumpy(), second["logits"].asnumpy()], 1), whole)
+
+
+def test_prefix_of_keys_and_values_moves_bert():
+    model = classifier()
+    random = np.random.RandomState(0)
+    shape = (3, tiny.HEADS, 5, tiny.WIDTH // tiny.HEADS)
+    prefix = tuple((Tensor(random.randn(*shape).astype(np.float32)),) * 2 for _ in range(2))
+    mask = Tensor(np.concatenate([np.ones((3, 5), np.int32), tiny.left_mask()], 1))
+    moved = model(Tensor(tiny.tokens()), mask, past_key_values=prefix)["logits"].asnumpy()
+    assert np.abs(moved - model(Tensor(tiny.tokens()), Tensor(tiny.left_mask()))["logits"].asnumpy()).max() > 1e-2
+    with pytest.raises(ValueError, match=r"12 columns.*need 17"):
+        model(Tensor(tiny.tokens()), Tensor(tiny.left_mask()), past_key_values=prefix)
+
+
+@pytest.mark.parametrize("build", [tiny.decoder, classifier])
+def test_embeddings_in_place_of_ids(build):
+    model = build()
+    ids = Tensor(tiny.tokens())
+    embedded = model.get_input_embeddings()(ids)
+    tiny.close(model(inputs_embeds=embedded)["logits"].asnumpy(), model(ids)["logits"].asnumpy(), 1e-6)
+    for wrong in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            model(**wrong)
+
+
+def test_hidden_states_and_logits_to_keep():
+    model = tiny.decoder()
+    outputs = model(Tensor(tiny.tokens()), output_hidden_states=True, logits_to_keep=2)
+    assert [state.shape for state in outputs["hidden_states"]] == [(3, 12, tiny.WIDTH)] * 3
+    assert outputs["logits"].shape == (3, 2, tiny.VOCAB)
+    tiny.close(outputs["logits"].asnumpy(), model(Tensor(tiny.tokens()))["logits"].asnumpy()[:, -2:])
+
+
+class Doubled(nn.Cell):
+    """Stands for an adapter's wrapper around a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def construct(self, x):
+        return self.base_layer(x) * 2.0
+
+
+@pytest.mark.parametrize("path", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+def test_every_projection_can_be_replaced(path):
+    model = tiny.decoder()
+    before = model(Tensor(tiny.tokens()))["logits"].asnumpy()
+    layer = model.model.layers[1]
+    parent = layer.mlp if path in layer.mlp._cells else layer.self_attn
+    parent._cells[path] = Doubled(parent._cells[path])
+    after = model(Tensor(tiny.tokens()))["logits"].asnumpy()
+    assert np.abs(after - before).max() > 1e-2
+
+
+def test_names_are_unique_and_those_of_hf():
+    model = tiny.decoder("qwen2")
+    names = [p.name for p in model.get_parameters()]
+    assert len(set(names)) == len(names)
+    assert names == [path for path, _ in model.parameters_and_names()]
+    assert {"model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.bias", "lm_head.weight"} <= set(names)
+    names = [p.name for p in models.LossOnly(classifier()).get_parameters()]
+    assert {"bert.encoder.layer.0.attention.self.query.weight", "classifier.bias"} <= set(names)
+
+
+def test_tied_weights_are_one_parameter():
+    tied, free = tiny.decoder("llama3"), tiny.decoder("llama")
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert "lm_head.weight" not in dict(tied.parameters_and_names())
+    assert free.lm_head.weight is not free.model.embed_tokens.weight
+    masked = models.BertForMaskedLM(models.BertConfig(**tiny.BERT))
+    assert masked.cls.predictions.decoder.weight is masked.get_input_embeddings().weight
+
+
+def test_random_weights_repeat_with_the_seed():
+    ms.set_seed(5)
+    first = tiny.decoder("llama")
+    ms.set_seed(5)
+    second = tiny.decoder("llama")
+    for p, q in zip(first.get_parameters(), second.get_parameters()):
+        np.testing.assert_array_equal(p.asnumpy(), q.asnumpy())
+    weights = models.LlamaForCausalLM(models.LlamaConfig(**tiny.DECODERS["llama"][1])).model.layers[0].mlp.up_proj
+    assert abs(weights.weight.asnumpy().std() - tiny.STD) < 0.02
+    assert not weights.bias.asnumpy().any()
+    embeddings = models.BertModel(models.BertConfig(**tiny.BERT)).get_input_embeddings()
+    assert not embeddings.weight.asnumpy()[0].any()
+
+
+def test_loss_only_trains_in_model(mode):
+    model = tiny.decoder("llama", num_hidden_layers=1)
+    for name, p in model.parameters_and_names():
+        p.requires_grad = "q_proj" in name or "lm_head" in name
+    net = models.LossOnly(model, ("input_ids", "labels"))
+    ids = tiny.tokens()
+    before = float(net(Tensor(ids), Tensor(ids)))
+    data = ds.GeneratorDataset([(row, row) for row in ids], ["input_ids", "labels"], shuffle=False).batch(3)
+    optimizer = nn.SGD(net.trainable_params(), 0.05)
+    ms.train.Model(net, optimizer=optimizer).train(6, data, dataset_sink_mode=False)
+    assert float(net(Tensor(ids), Tensor(ids))) < before - 0.1
+    with pytest.raises(ValueError, match=r"expects 2 columns.*got 3"):
+        net(Tensor(ids), Tensor(ids), Tensor(ids))
+
+
+def test_dropout_acts_in_training_only():
+    model = classifier(attention_probs_dropout_prob=0.5)
+    ids = Tensor(tiny.tokens())
+    still = model(ids)["logits"].asnumpy()
+    np.testing.assert_array_equal(model(ids)["logits"].asnumpy(), still)
+    model.set_train()
+    assert np.abs(model(ids)["logits"].asnumpy() - still).max() > 1e-3
+
+
+def test_gradient_of_padding_row_is_zero():
+    model = classifier()
+    model.set_train()
+    ids = tiny.tokens()
+    ids[:, -3:] = 0
+    batch = {"input_ids": ids, "labels": np.array([0, 1, 1], np.int32)}
+    _, _, gradients = tiny.loss_logits_gradients(model, batch)
+    gradient = gradients["bert.embeddings.word_embeddings.weight"]
+    assert not gradient[0].any()
+    assert gradient[ids[0, 0]].any()
+
+
+def test_cross_entropy_ignores():
+    logits = np.random.RandomState(0).randn(4, 7).astype(np.float32)
+    labels = np.array([3, -100, 0, -100], np.int32)
+    log_odds = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    tiny.close(cross_entropy(Tensor(logits), Tensor(labels)).asnumpy(), -(log_odds[0, 3] + log_odds[2, 0]) / 2, 1e-5)
+    assert np.isnan(float(cross_entropy(Tensor(logits), Tensor(np.full(4, -100, np.int32)))))
+    gradient = ms.grad(lambda x: cross_entropy(x, Tensor(labels)))(Tensor(logits)).asnumpy()
+    assert not gradient[[1, 3]].any()
+    expected = np.exp(log_odds[0])
+    expected[3] -= 1
+    tiny.close(gradient[0], expected / 2, 1e-6)
+
+
+def test_classification_loss_by_problem_type():
+    logits = Tensor(np.array([[0.5, -1.0], [2.0, 30.0]], np.float32))
+    labels = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    x = logits.asnumpy().astype(np.float64)
+    many = np.mean(np.log1p(np.exp(x)) - x * labels)
+    tiny.close(classification_loss(logits, Tensor(labels), None).asnumpy(), np.float32(many), 1e-5)
+    squares = np.mean((x - labels) ** 2)
+    tiny.close(classification_loss(logits, Tensor(labels), "regression").asnumpy(), np.float32(squares), 1e-5)
+    one = classification_loss(logits[:, :1], Tensor(np.array([1.0, 0.0], np.float32)), None)
+    tiny.close(one.asnumpy(), np.float32((0.25 + 4) / 2), 1e-5)
+    with pytest.raises(ValueError, match="problem_type 'ranking'"):
+        classification_loss(logits, Tensor(labels), "ranking")
+
+
+def test_gelu_is_exact(mode):
+    from math import erf, exp, pi, sqrt
+
+    x = np.concatenate([np.linspace(-9, 9, 2001), [-1e4, -60, 60, 1e4, 1e20]]).astype(np.float32)
+    cell = GELU()
+    expected = [v * 0.5 * (1 + erf(v / sqrt(2))) if v > -12 else 0.0 for v in x.astype(np.float64)]
+    np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), expected, atol=1e-6, rtol=1e-6)
+    slopes = [0.5 * (1 + erf(v / sqrt(2))) + v * exp(-v * v / 2) / sqrt(2 * pi) for v in x[:2001].astype(np.float64)]
+    np.testing.assert_allclose(ms.grad(cell)(Tensor(x[:2001])).asnumpy(), slopes, atol=2e-6)
+    tanh_form = 0.5 * x[:2001] * (1 + np.tanh(np.sqrt(2 / pi) * (x[:2001] + 0.044715 * x[:2001].astype(float) ** 3)))
+    np.testing.assert_allclose(gelu_tanh(Tensor(x[:2001])).asnumpy(), tanh_form, atol=2e-6)
+
+
+def test_norms_are_those_of_the_papers():
+    x = np.random.RandomState(0).normal(3.0, 2.0, (4, 5, 16)).astype(np.float32)
+    rms, layer = tiny.scatter(RMSNorm(16, 1e-6)), tiny.scatter(LayerNorm(16, 1e-12))
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * rms.weight.asnumpy()
+    tiny.close(rms(Tensor(x)).asnumpy(), expected, 1e-6)
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True)) * layer.weight.asnumpy() + layer.bias.asnumpy()
+    tiny.close(layer(Tensor(x)).asnumpy(), expected, 1e-6)
+    half = rms(Tensor(x).astype(ms.float16))
+    assert half.dtype == ms.float16
+
+
+def test_attention_gradient_is_that_of_softmax():
+    random = np.random.RandomState(0)
+    scores, v = (Tensor(random.randn(2, 3, 4, n).astype(np.float32)) for n in (5, 6))
+    v = Tensor(random.randn(2, 3, 5, 6).astype(np.float32))
+    cell, weights = SoftmaxMix(), Tensor(random.randn(2, 3, 4, 6).astype(np.float32))
+
+    def fused(scores, v):
+        return (cell(scores, v)[0] * weights).sum()
+
+    def plain(scores, v):
+        return (ms.ops.matmul(ms.ops.softmax(scores, -1), v) * weights).sum()
+
+    for ours, theirs in zip(ms.grad(fused, (0, 1))(scores, v), ms.grad(plain, (0, 1))(scores, v)):
+        tiny.close(ours.asnumpy(), theirs.asnumpy(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'.*default, linear, llama3"),
+        ({"hidden_act": "quick"}, "hidden_act 'quick' is not built.*silu"),
+    ],
+)
+def test_unknown_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.decoder("llama", **settings)
+
+
+def test_bert_refuses_what_it_is_not():
+    with pytest.raises(ValueError, match="relative_key"):
+        models.BertModel(models.BertConfig(**tiny.BERT, position_embedding_type="relative_key"))
+    with pytest.raises(TypeError, match="needs a BertConfig, got a LlamaConfig"):
+        models.BertModel(models.LlamaConfig())
+    assert activation("gelu_new") is gelu_tanh
+
+
+def test_sequences_need_a_padding_token():
+    config = models.LlamaConfig(**tiny.DECODERS["llama3"][1])
+    model = models.LlamaForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"config.pad_token_id is None"):
+        model(Tensor(tiny.tokens()))
+    assert model(Tensor(tiny.tokens()[:1]))["logits"].shape == (1, 2)

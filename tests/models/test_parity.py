@@ -1,0 +1,163 @@
+"""The reference models against transformers on torch: logits, losses, gradients, tokens, files in both directions."""
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+import msft_peft.models as models
+from tests.models import tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+
+def hf_model(auto: str, family: str, settings: dict, folder) -> "torch.nn.Module":
+    """Build HF's model with random weights, biases and norms included, and save it."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, attn_implementation="eager", **settings)
+    model = getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def hf_step(model, batch: dict[str, np.ndarray], key: str = "logits"):
+    """HF's loss, logits and gradients."""
+    outputs = model(**{name: torch.tensor(column).long() for name, column in batch.items()})
+    model.zero_grad()
+    outputs.loss.backward()
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return outputs.loss.item(), outputs[key].detach().numpy(), gradients
+
+
+def compare_gradients(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        np.testing.assert_allclose(
+            gradient, theirs[name], rtol=1e-3, atol=1e-4 * np.abs(theirs[name]).max() + 1e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", tiny.DECODERS)
+def test_decoder(name, mode, tmp_path):
+    family, settings = tiny.DECODERS[name]
+    reference = hf_model("AutoModelForCausalLM", family, settings, tmp_path)
+    model = models.AutoModelForCausalLM.from_pretrained(tmp_path)
+    mask = tiny.left_mask()
+    labels = np.where(mask == 1, tiny.tokens(), -100)
+    labels[1, :5] = -100
+    batch = {"input_ids": tiny.tokens(), "attention_mask": mask, "labels": labels}
+    loss, logits, gradients = tiny.loss_logits_gradients(model, batch)
+    hf_loss, hf_logits, hf_gradients = hf_step(reference, batch)
+    tiny.close(logits[mask == 1], hf_logits[mask == 1])
+    tiny.close(loss, np.float32(hf_loss), 1e-5)
+    compare_gradients(gradients, hf_gradients)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3"])
+def test_greedy_tokens(name, mode, tmp_path):
+    family, settings = tiny.DECODERS[name]
+    reference = hf_model("AutoModelForCausalLM", family, settings, tmp_path)
+    model = models.AutoModelForCausalLM.from_pretrained(tmp_path)
+    options = {"max_new_tokens": 10, "pad_token_id": 0}
+    prompt = {"input_ids": torch.tensor(tiny.tokens()).long(), "attention_mask": torch.tensor(tiny.left_mask())}
+    free = reference.generate(**prompt, do_sample=False, eos_token_id=None, **options).numpy()
+    ends = [int(free[0, 14]), int(free[1, 17])]
+    for extra in ({"eos_token_id": ends}, {"eos_token_id": ends[0], "repetition_penalty": 1.4}):
+        expected = reference.generate(**prompt, do_sample=False, **options, **extra).numpy()
+        actual = model.generate(Tensor(tiny.tokens()), Tensor(tiny.left_mask()), **options, **extra)
+        np.testing.assert_array_equal(actual.asnumpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_transformers_reads_what_we_write(name, tmp_path):
+    model = tiny.decoder(name)
+    model.save_pretrained(tmp_path)
+    reference, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert type(reference).__name__ == type(model).__name__
+    expected = reference(torch.tensor(tiny.tokens()).long()).logits.detach().numpy()
+    tiny.close(model(Tensor(tiny.tokens()))["logits"].asnumpy(), expected)
+
+
+def test_sharded_checkpoint(tmp_path):
+    family, settings = tiny.DECODERS["llama"]
+    reference = hf_model("AutoModelForCausalLM", family, settings, tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    model = models.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    expected = reference(torch.tensor(tiny.tokens()).long()).logits.detach().numpy()
+    tiny.close(model(Tensor(tiny.tokens()))["logits"].asnumpy(), expected)
+
+
+def test_bfloat16_checkpoint_becomes_float32(tmp_path):
+    family, settings = tiny.DECODERS["llama3"]
+    hf_model("AutoModelForCausalLM", family, settings, tmp_path / "whole").bfloat16().save_pretrained(
+        tmp_path / "half"
+    )
+    model = models.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    expected = reference(torch.tensor(tiny.tokens()).long()).logits.detach().numpy()
+    tiny.close(model(Tensor(tiny.tokens()))["logits"].asnumpy(), expected)
+
+
+@pytest.mark.parametrize("labels", [np.array([1, 0, 2]), np.array([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]], np.float32)])
+def test_decoder_classifies_sequences(labels, tmp_path):
+    family, settings = tiny.DECODERS["llama3"]
+    settings = {**settings, "num_labels": 3, "pad_token_id": 0}
+    reference = hf_model("AutoModelForSequenceClassification", family, settings, tmp_path)
+    model = models.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    ids = tiny.tokens()
+    ids[0, 8:] = 0
+    outputs = model(Tensor(ids), Tensor((ids != 0).astype(np.int32)), labels=Tensor(labels))
+    mask = torch.tensor(ids != 0).long()
+    expected = reference(torch.tensor(ids).long(), attention_mask=mask, labels=torch.tensor(labels))
+    tiny.close(outputs["logits"].asnumpy(), expected.logits.detach().numpy())
+    tiny.close(outputs["loss"].asnumpy(), expected.loss.detach().numpy())
+
+
+BERT_TASKS = {
+    "SequenceClassification": ({"num_labels": 3}, {"labels": np.array([0, 2, 1])}),
+    "TokenClassification": ({"num_labels": 3}, {"labels": np.where(tiny.tokens() % 4, tiny.tokens() % 3, -100)}),
+    "QuestionAnswering": ({}, {"start_positions": np.array([3, 4, 0]), "end_positions": np.array([5, 40, 2])}),
+    "MaskedLM": ({"hidden_act": "gelu_new"}, {"labels": np.where(tiny.tokens() % 3, -100, tiny.tokens())}),
+}
+
+
+@pytest.mark.parametrize("task", BERT_TASKS)
+def test_bert(task, mode, tmp_path):
+    extra, labels = BERT_TASKS[task]
+    reference = hf_model("AutoModelFor" + task, "bert", {**tiny.BERT, **extra}, tmp_path)
+    model = getattr(models, "AutoModelFor" + task).from_pretrained(tmp_path)
+    mask = tiny.left_mask()[:, ::-1].copy()
+    types = np.random.RandomState(2).randint(0, 2, mask.shape)
+    batch = {"input_ids": tiny.tokens(), "attention_mask": mask, "token_type_ids": types, **labels}
+    key = "end_logits" if task == "QuestionAnswering" else "logits"
+    loss, logits, gradients = tiny.loss_logits_gradients(model, batch, key)
+    hf_loss, hf_logits, hf_gradients = hf_step(reference, batch, key)
+    tiny.close(logits, hf_logits)
+    tiny.close(loss, np.float32(hf_loss), 1e-5)
+    compare_gradients(gradients, hf_gradients)
+
+
+def test_bert_writes_what_transformers_reads(tmp_path):
+    model = tiny.scatter(models.BertForMaskedLM(models.BertConfig(**tiny.BERT)))
+    model.save_pretrained(tmp_path)
+    reference, report = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    expected = reference(torch.tensor(tiny.tokens()).long()).logits.detach().numpy()
+    tiny.close(model(Tensor(tiny.tokens()))["logits"].asnumpy(), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "bert"])
+def test_defaults_are_those_of_transformers(family):
+    ours = models.AutoConfig.for_model(family).to_dict()
+    theirs = transformers.AutoConfig.for_model(family).to_dict()
+    if theirs.get("head_dim", 0) is None:  # Mistral's: the width of a head, once it is asked for
+        theirs["head_dim"] = theirs["hidden_size"] // theirs["num_attention_heads"]
+    different = {key: (value, theirs[key]) for key, value in ours.items() if key in theirs and value != theirs[key]}
+    assert not different

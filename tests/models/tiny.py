@@ -1,0 +1,100 @@
+"""Tiny models of every family, with weights large enough that a wrong formula shows."""
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+import msft_peft.models as models
+
+VOCAB, WIDTH, HEADS, STD = 61, 24, 4, 0.25
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "initializer_range": STD,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**_SIZES, "attention_bias": True, "mlp_bias": True}),
+    "llama3": ("llama", {**_GROUPED, "rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-linear": ("llama", {**_GROUPED, "rope_scaling": {"type": "linear", "factor": 4.0}, "hidden_act": "gelu"}),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": 5}),
+    "qwen2": (
+        "qwen2",
+        {**_GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "rope_theta": 1e6},
+    ),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 10, "tie_word_embeddings": True}),
+}
+BERT = {**_SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def decoder(name: str = "llama3", **overrides: Any) -> models.LlamaForCausalLM:
+    """A causal language model of one of `DECODERS`."""
+    family, settings = DECODERS[name]
+    config = models.AutoConfig.for_model(family, **{**settings, **overrides})
+    return scatter(models.AutoModelForCausalLM.from_config(config))
+
+
+def scatter(model: Any) -> Any:
+    """Move biases and norms away from zeros and ones, which would hide a missing one."""
+    for name, p in model.parameters_and_names():
+        if p.ndim == 1:
+            noise = np.random.RandomState(len(name)).normal(0.0, 0.3, p.shape)
+            p.set_data(Tensor((p.asnumpy() + noise).astype(np.float32)))
+    return model
+
+
+def tokens(batch: int = 3, length: int = 12) -> np.ndarray:
+    return np.random.RandomState(1).randint(3, VOCAB, (batch, length)).astype(np.int32)
+
+
+def left_mask(batch: int = 3, length: int = 12) -> np.ndarray:
+    """Ones, but for four tokens of padding at the start of the first text and seven at that of the last."""
+    mask = np.ones((batch, length), np.int32)
+    mask[0, :4] = 0
+    mask[-1, :7] = 0
+    return mask
+
+
+def loss_logits_gradients(model: Any, batch: dict[str, np.ndarray], key: str = "logits") -> tuple[Any, Any, dict]:
+    """Loss, logits and the gradient of every weight, of one step; compiled as a whole in graph mode."""
+    names = tuple(batch)
+
+    def forward(*columns):
+        named = {}
+        for i in range(len(names)):
+            named[names[i]] = columns[i]
+        outputs = model(**named)
+        return outputs["loss"], outputs[key]
+
+    weights = model.trainable_params()
+    step = ms.value_and_grad(forward, None, weights, has_aux=True)
+
+    def call(*columns):
+        return step(*columns)
+
+    run = ms.jit(call) if ms.get_context("mode") == ms.GRAPH_MODE else call
+    (loss, logits), gradients = run(*[Tensor(column) for column in batch.values()])
+    return loss.asnumpy(), logits.asnumpy(), {p.name: g.asnumpy() for p, g in zip(weights, gradients)}
+
+
+def close(actual: Any, expected: Any, atol: float = 1e-4) -> None:
+    """Whole arrays agree to `atol` times the largest number that was expected."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.isfinite(actual).all()
+    assert np.abs(actual - expected).max() <= atol * max(1.0, np.abs(expected).max())
