@@ -70,9 +70,11 @@ def method_of(config: PeftConfig) -> Method:
 
 
 def peft_types() -> type[Enum]:
-    """`PeftType`: the names of the registered methods, equal to their strings."""
+    """`PeftType`: the names of the registered methods, each equal to its string."""
     names = {name: name for name in sorted(METHODS)}
-    return cast("type[Enum]", Enum("PeftType", names, type=str))
+    found = cast("type[Enum]", Enum("PeftType", names, type=str))
+    found.__doc__ = "The PEFT methods that this version has; `PeftType.LORA == 'LORA'`."
+    return found
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

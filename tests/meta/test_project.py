@@ -78,7 +78,7 @@ def test_version_has_one_home():
 
 
 def test_scripts_exist():
-    for target in PYPROJECT["project"]["scripts"].values():
+    for target in PYPROJECT["project"].get("scripts", {}).values():
         module, name = target.split(":")
         assert callable(getattr(importlib.import_module(module), name))
 

@@ -188,8 +188,12 @@ def test_loss_only_trains_in_model(mode):
     optimizer = nn.SGD(net.trainable_params(), 0.05)
     ms.train.Model(net, optimizer=optimizer).train(6, data, dataset_sink_mode=False)
     assert float(net(Tensor(ids), Tensor(ids))) < before - 0.1
+
+
+def test_loss_only_counts_its_columns():
+    ids = Tensor(tiny.tokens())
     with pytest.raises(ValueError, match=r"expects 2 columns.*got 3"):
-        net(Tensor(ids), Tensor(ids), Tensor(ids))
+        models.LossOnly(tiny.decoder(), ("input_ids", "labels"))(ids, ids, ids)
 
 
 def test_dropout_acts_in_training_only():

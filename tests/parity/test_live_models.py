@@ -94,6 +94,8 @@ MODELS = {
     "bert_qa": bert("QuestionAnswering", task_type="QUESTION_ANS"),
     "bert_plain": bert("SequenceClassification", target_modules=["query", "key"], modules_to_save=["classifier"]),
 }
+COMPILED = ["llama_all_linear", "llama_embeddings", "llama_heads", "mistral", "qwen2", "qwen3", "llama_seq_cls"]
+COMPILED += ["bert_seq_cls", "bert_token_cls", "bert_qa"]
 each_model = pytest.mark.parametrize("name", list(MODELS))
 
 
@@ -203,9 +205,20 @@ def hf_numbers(model: HfPeftModel, name: str):
 
 
 @each_model
-def test_hf_s_adapter_on_our_model(name, mode, checkpoints, tmp_path):
+def test_hf_s_adapter_on_our_model(name, checkpoints, tmp_path):
     """Logits, loss, every gradient, parameter counts, and the text about them."""
-    folder = checkpoints(name)
+    check_numbers(name, checkpoints(name), tmp_path)
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("name", COMPILED)
+def test_hf_s_adapter_on_our_compiled_model(name, checkpoints, tmp_path):
+    """The same in graph mode, for those whose graphs differ."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    check_numbers(name, checkpoints(name), tmp_path)
+
+
+def check_numbers(name: str, folder: Path, tmp_path: Path) -> None:
     hf = hf_adapter(name, folder)
     save_hf(hf, name, tmp_path)
     with warnings.catch_warnings():
