@@ -1,8 +1,8 @@
 """A LoRA training step on CPU: ours in graph mode and PyNative beside HF peft and transformers on torch.
 
-Every contender is a process of its own, so that peak memory is its own too, and they run in turn, round after round: what
-the machine does meanwhile hits all of them. They start from the same weights, the same adapter and the same batch, and
-their first losses are compared before anything is timed.
+Every contender is a process of its own, so that peak memory is its own too, and they run in turn, round after round:
+what the machine does meanwhile hits all of them. They start from the same weights, adapter and batch,
+and their first losses are compared before anything is reported.
 
     python -m benchmarks lora_step [--rounds 3]
 """

@@ -26,16 +26,14 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-PARITY = Path(__file__).parent / "parity"
-
-# tests/parity/test_live*.py compare with HF peft as they run, so they import torch: without it they are not collected,
-# and with it they are marked `parity`. The goldens beside them need no torch and run everywhere.
-collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["parity/test_live*.py"]
+# Files called test_live*.py compare with HF as they run, so they import torch: without it they are not collected, and
+# with it they are marked `parity`. The goldens in tests/parity need no torch and run everywhere.
+collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["*/test_live*.py"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark the live parity tests, so that no file has to remember to."""
-    if item.path.parent == PARITY and item.path.name.startswith("test_live"):
+    if item.path.name.startswith("test_live"):
         item.add_marker(pytest.mark.parity)
 
 
