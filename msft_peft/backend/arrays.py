@@ -33,4 +33,9 @@ def write(p: Parameter, value: Any) -> None:
         raise ValueError(f"cannot write a tensor of shape {tuple(tensor.shape)} into {p.name}: it is {tuple(p.shape)}")
     if p.has_init:
         p.init_data()
-    p.copy_(tensor)
+    # MindSpore 2.7 refuses to write in place into a parameter that wants a gradient, once it has had one.
+    wants_gradient, p.requires_grad = p.requires_grad, False
+    try:
+        p.copy_(tensor)
+    finally:
+        p.requires_grad = wants_gradient
