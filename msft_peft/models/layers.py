@@ -77,7 +77,7 @@ class RMSNorm(nn.Cell):
 def _average(width: int) -> Tensor | None:
     """On CPU the column (H, 1) whose product with rows (N, H) is their mean; elsewhere None.
 
-    There a matrix product reduces and broadcasts 3 to 10 times faster than MindSpore's ReduceMean and Mul; on Ascend it
+    There a matrix product reduces and broadcasts 3 to 10 times faster than ReduceMean and Mul do; on Ascend it
     may round to fewer bits than a norm bears.
     """
     on_cpu = ms.get_context("device_target") == "CPU"

@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from mindspore import Tensor
 
 import msft_peft.models as models
 from tests.models import tiny
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.parity
 
 
 def hf_model(auto: str, family: str, settings: dict, folder) -> "torch.nn.Module":
