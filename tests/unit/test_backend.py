@@ -6,6 +6,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from msft_peft import LoraConfig, get_peft_model
+from msft_peft.backend import graphs
 from msft_peft.backend.arrays import as_float32, to_numpy, write
 from msft_peft.backend.graphs import compiled_count, drop_compiled
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
@@ -180,3 +181,27 @@ def test_dense_and_embedding_ops():
     ids = nets.ids(2, 3, below=5)
     assert_same(EmbeddingOp()(ids, w), w.asnumpy()[ids.asnumpy()], "exact")
     assert_same(EmbeddingOp().mix(x, w), x.asnumpy() @ w.asnumpy().T)
+
+
+def test_dropping_graphs_goes_on_when_the_collector_interferes(monkeypatch):
+    calls = []
+
+    def recycle():
+        calls.append(None)
+        if len(calls) < 3:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(graphs, "compiled_count", lambda: 1)
+    monkeypatch.setattr(graphs.ms, "ms_memory_recycle", recycle)
+    graphs.drop_compiled()
+    assert len(calls) == 3
+
+
+def test_dropping_graphs_hides_no_other_error(monkeypatch):
+    def recycle():
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(graphs, "compiled_count", lambda: 1)
+    monkeypatch.setattr(graphs.ms, "ms_memory_recycle", recycle)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        graphs.drop_compiled()
