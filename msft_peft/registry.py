@@ -23,6 +23,7 @@ class Method:
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         merges: its weights can be folded into the base weights.
         mixed: may be active beside another method in one model.
+        tuner: the class of `PeftModel.base_model`, a `core.tuner.Tuner`, where the method has calls of its own.
     """
 
     config: type[PeftConfig]
@@ -31,6 +32,7 @@ class Method:
     identity_at_init: bool = True
     merges: bool = True
     mixed: bool = False
+    tuner: type | None = None
 
     @property
     def name(self) -> str:

@@ -20,9 +20,9 @@ from msft_peft.core.layer import (
     site_of,
     wrappers,
 )
-from msft_peft.core.patch import Patch
+from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
-from msft_peft.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
 from msft_peft.hosts import Site
 from msft_peft.registry import Method, method_of
 
@@ -54,8 +54,8 @@ class Adapter:
         found: dict[str, Named] = {}
         for path, patch in self.patches.items():
             for attribute, suffix in patch.keys.items():
-                p, rest = getattr(patch, attribute), suffix.partition(".")[2]
-                local = ".".join(part for part in (path, attribute, self.name, rest) if part)
+                p, (place, rest) = getattr(patch, attribute), place_of(suffix)
+                local = ".".join(part for part in (path, place, self.name, rest) if part)
                 found[f"{path}.{suffix}"] = Named(f"{path}.{suffix}", local, p, tuple(p.shape))
         for path, module in self.modules.items():
             for named in named_parameters(module):
@@ -127,12 +127,9 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     _check_bias(model, config, name)
     modules = _modules_to_save(config, cells)
     _say_paths(config, modules, cells)
-    return Adapter(
-        name,
-        config,
-        {path: method.patches[site.kind](site, config, autocast) for path, site in sites.items()},
-        {path: copy_of(cell) for path, cell in modules.items()},
-    )
+    patches = {path: method.patches[site.kind](site, config, autocast) for path, site in sites.items()}
+    _check_residual(model, name, patches)
+    return Adapter(name, config, patches, {path: copy_of(cell) for path, cell in modules.items()})
 
 
 def attach(model: nn.Cell, adapter: Adapter) -> None:
@@ -176,6 +173,9 @@ def discard(model: nn.Cell, name: str) -> None:
 
 def detach_all(model: nn.Cell) -> None:
     """Put the base layers themselves back in the place of all wrappers, and forget the adapters."""
+    for _, wrapper in wrappers(model):
+        for name in list(wrapper.held()):
+            wrapper.discard(name)
     replace_cells(model, {id(wrapper): wrapper.base() for _, wrapper in wrappers(model)})
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -293,6 +293,17 @@ def _check_bias(model: nn.Cell, config: TargetedConfig, name: str) -> None:
             f"Only 1 adapter with bias is supported, got bias={mine!r} for {name!r} beside {biases}. "
             "When using multiple adapters, set bias to 'none' for all adapters."
         )
+
+
+def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> None:
+    """What is taken from the base weights must have been computed from those weights themselves."""
+    if not any(patch.residual for patch in patches.values()):
+        return
+    layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise MergeError("This adapter's initial weights are taken from the base weights: unmerge the model first.")
+    if any(name in layer.given for layer in layers):
+        raise AdapterNameError(f"Adapter {name} has changed the base weights: delete it first, which restores them.")
 
 
 def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[str, nn.Cell]:

@@ -8,10 +8,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from msft_peft.backend.arrays import HALF_DTYPES, to_numpy, write
+from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
 from msft_peft.backend.ops import add_bias
 from msft_peft.backend.tree import inherit_mode
-from msft_peft.core.patch import Patch
+from msft_peft.core.patch import Patch, place_of
 from msft_peft.errors import MergeError
 from msft_peft.hosts import Site, describe
 
@@ -27,9 +27,8 @@ class View(nn.Cell):
         if not rest:
             self._params[name] = parameter
             return
-        holder = nn.Cell()
+        holder = self._cells.setdefault(name, nn.Cell())
         holder._params[rest] = parameter
-        self._cells[name] = holder
 
     def drop(self, name: str) -> None:
         self._cells.pop(name, None)
@@ -105,7 +104,11 @@ class TunerLayer(Wrapper):
         self.base_layer, self.site, self.op = base, site, site.op
         self.activation = site.activation
         self.adapters = nn.CellDict()
-        self.backups: dict[str, np.ndarray | None] = {}
+        # What `unmerge` needs of each merged adapter: its weights, or the layer's own.
+        self.backups: dict[str, dict[str, np.ndarray]] = {}
+        self.views: dict[str, View] = {}
+        # The weights that `residual` adapters began with: by these the base weight is short.
+        self.given: dict[str, dict[str, np.ndarray]] = {}
         self.adapting = False
         inherit_mode(self, base)
 
@@ -141,18 +144,37 @@ class TunerLayer(Wrapper):
         self.discard(name)
         self.adapters[name] = patch.set_train(self.training)
         for attribute, key in patch.keys.items():
-            if attribute not in self._cells:
-                self._cells[attribute] = View()
-            self._cells[attribute].put(name, key.partition(".")[2], getattr(patch, attribute))
+            place, rest = place_of(key)
+            if place not in self.views:
+                self.views[place] = View()
+                self._show(place)
+            self.views[place].put(name, rest, getattr(patch, attribute))
         self._cells.move_to_end("adapters")
+        if patch.residual:
+            self.given[name] = patch.snapshot()
+            self._write_weight(patch.remainder(self._full_weight()))
+
+    def _show(self, place: str) -> None:
+        """Hang a view into the tree, below plain Cells if its place has several parts."""
+        holder: nn.Cell = self
+        *outer, last = place.split(".")
+        for part in outer:
+            holder = holder._cells.setdefault(part, nn.Cell())
+        holder._cells[last] = self.views[place]
 
     def discard(self, name: str) -> None:
         if name not in self.adapters._cells:
             return
-        for attribute in self.adapters._cells.pop(name).keys:
-            self._cells[attribute].drop(name)
-            if not len(self._cells[attribute]):
-                del self._cells[attribute]
+        patch = self.adapters._cells.pop(name)
+        if name in self.given:
+            self._write_weight(self._full_weight() + patch.delta_of(self.given.pop(name)))
+        for place in {place_of(key)[0] for key in patch.keys.values()}:
+            self.views[place].drop(name)
+            if not len(self.views[place]):
+                del self.views[place]
+                top = place.partition(".")[0]
+                if not any(other.partition(".")[0] == top for other in self.views):
+                    del self._cells[top]
         self.activate(n for n in self.active if n != name)
 
     # --- switches -----------------------------------------------------------------------------------------------
@@ -171,47 +193,70 @@ class TunerLayer(Wrapper):
 
     # --- merging ------------------------------------------------------------------------------------------------
 
-    def merged_weight(self, names: Iterable[str]) -> Tensor:
-        """The base weight with these adapters folded in, in the layer's own storage and dtype; nothing is written."""
-        w = self.site.weight(self.base_layer)
-        full = ops.cast(w, ms.float32) if w.dtype in HALF_DTYPES else w
-        full = self.site.from_storage(full)
+    def _full_weight(self) -> Tensor:
+        """The base weight in torch's layout and at least float32."""
+        return self.site.from_storage(_at_least_float32(self.site.weight))
+
+    def _write_weight(self, w: Tensor) -> None:
+        """Write the base weight, given in torch's layout."""
+        write(self.site.weight, self.site.to_storage(w, tuple(self.site.weight.shape)))
+
+    def merged_into(self, names: Iterable[str]) -> tuple[Tensor, Tensor | None]:
+        """The base weight (in torch's layout) and bias with these adapters folded in; nothing is written."""
+        w = self._full_weight()
+        b = None if self.site.bias is None else _at_least_float32(self.site.bias)
         for name in names:
-            full = self.adapters[name].merged(full)
-        return ops.cast(self.site.to_storage(full, tuple(w.shape)), w.dtype)
+            w, b = self.adapters[name].merged(w, b)
+        return w, b
 
     def merge(self, names: Iterable[str]) -> None:
         """Fold adapters into the base weight, in place.
 
         Cost: one weight-sized temporary in float32. A copy of the weight is kept on the host until `unmerge` where
         subtracting the deltas would not give its very bits back: in half precision, and for methods that do more
-        than add.
+        than add. Elsewhere the adapter's own weights are kept, so that they may change in the meantime.
         """
-        w = self.site.weight(self.base_layer)
         for name in names:
-            exact = w.dtype not in HALF_DTYPES and type(self.adapters[name]).merged is Patch.merged
-            backup = None if exact else to_numpy(w).copy()
-            write(w, self.merged_weight([name]))
-            self.backups[name] = backup
+            patch, w, b = self.adapters[name], *self.merged_into([name])
+            self.backups[name] = patch.snapshot() if self._subtracts(patch) else self._copies()
+            self._write_weight(w)
+            if b is not None:
+                write(self.site.bias, b)
         self._switch()
+
+    def merge_for_good(self, names: Iterable[str]) -> None:
+        """Fold adapters into the base weight with no way back."""
+        self.merge(names)
+        for name in self.backups:
+            self.given.pop(name, None)
+        self.backups.clear()
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again."""
-        w = self.site.weight(self.base_layer)
         for name in reversed(list(self.backups)):
-            backup = self.backups.pop(name)
-            if backup is None:
-                delta = self.site.to_storage(self.adapters[name].delta_weight(), tuple(w.shape))
-                write(w, ops.sub(w, ops.cast(delta, w.dtype)))
+            patch, backup = self.adapters[name], self.backups.pop(name)
+            if self._subtracts(patch):
+                self._write_weight(self._full_weight() - patch.delta_of(backup))
             else:
-                write(w, backup)
+                for attribute, value in backup.items():
+                    write(getattr(self.site, attribute), value)
         self._switch()
+
+    def _subtracts(self, patch: Patch) -> bool:
+        return patch.additive and self.site.weight.dtype not in HALF_DTYPES
+
+    def _copies(self) -> dict[str, np.ndarray]:
+        """Copies of the layer's own weight and bias."""
+        own = {"weight": self.site.weight, "bias": self.site.bias}
+        return {attribute: to_numpy(p).copy() for attribute, p in own.items() if p is not None}
 
     def check_merge(self, names: Iterable[str], finite: bool) -> None:
         """Raise MergeError if one of these cannot be merged or, with `finite`, would write a NaN or an infinity."""
         for name in names:
             self.adapters[name].check_mergeable()
-            if finite and not np.isfinite(to_numpy(ops.cast(self.merged_weight([name]), ms.float32))).all():
+            parts = self.merged_into([name]) if finite else ()
+            stored = [as_float32(to_numpy(ops.cast(p, self.site.dtype))) for p in parts if p is not None]
+            if not all(np.isfinite(array).all() for array in stored):
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: at {self.site.path}."
                 )
@@ -236,11 +281,11 @@ class TunerLayer(Wrapper):
 
     @property
     def weight(self) -> Parameter:
-        return self.site.weight(self.base_layer)
+        return self.site.weight
 
     @property
     def bias(self) -> Parameter | None:
-        return getattr(self.base_layer, "bias", None)
+        return self.site.bias
 
     def get_base_layer(self) -> nn.Cell:
         return self.base_layer
@@ -315,6 +360,10 @@ class ModulesToSaveWrapper(Wrapper):
             if "original_module" not in self.__dict__.get("_cells", {}):
                 raise
             return getattr(self.current(), name)
+
+
+def _at_least_float32(p: Parameter) -> Tensor:
+    return ops.cast(p, ms.float32) if p.dtype in HALF_DTYPES else p
 
 
 def copy_of(module: nn.Cell) -> nn.Cell:

@@ -1,12 +1,14 @@
 """Patch: one adapter's weights and mathematics at one Site."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, initializer
 
-from msft_peft.backend.arrays import FLOAT_DTYPES, HALF_DTYPES
+from msft_peft.backend.arrays import FLOAT_DTYPES, HALF_DTYPES, to_numpy, write
 from msft_peft.config import PeftConfig
 from msft_peft.hosts import Site
 
@@ -15,12 +17,17 @@ class Patch(nn.Cell):
     """The delta Cell of one adapter at one Site. It knows no adapter names and does no bookkeeping.
 
     A method writes `setup` and, if it is additive, `delta_weight`; the other hooks have defaults that follow from it.
+    The base layer's own weight and bias are `site.weight` and `site.bias`, in `setup` and in the hooks.
 
     Attributes:
         site: where it sits.
         op: how the layer there applies a weight.
         keys: attribute of each weight -> its key in HF's files, below the layer's path.
+        residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
+            is given back when the adapter is taken out.
     """
+
+    residual = False
 
     def __init__(self, site: Site, config: PeftConfig, autocast: bool = True) -> None:
         super().__init__()
@@ -35,11 +42,37 @@ class Patch(nn.Cell):
         """Declare the weights, and keep what the formula needs of `config`."""
         raise NotImplementedError
 
-    def weight(self, key: str, shape: tuple[int, ...], init: str | Initializer) -> Parameter:
-        """A new trainable weight, under `key` in checkpoint files ("lora_A.weight")."""
-        attribute = key.partition(".")[0]
+    def weight(self, key: str, shape: tuple[int, ...], init: str | Initializer | np.ndarray) -> Parameter:
+        """A new trainable weight, under `key` in checkpoint files ("lora_A.weight").
+
+        Args:
+            key: its key below the layer's path. The attribute that holds it is to be called `attribute_of(key)`.
+            shape: in torch's layout.
+            init: how to draw it, or its values.
+        """
+        attribute = attribute_of(key)
         self.keys[attribute] = key
-        return Parameter(initializer(init, shape, self.dtype), name=attribute)
+        values = Tensor(init, self.dtype) if isinstance(init, np.ndarray) else initializer(init, shape, self.dtype)
+        return Parameter(values, name=attribute)
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Copies of the weights, by attribute."""
+        return {attribute: to_numpy(getattr(self, attribute)).copy() for attribute in self.keys}
+
+    def restore(self, values: Mapping[str, np.ndarray]) -> None:
+        """Write the weights that `snapshot` copied."""
+        for attribute, value in values.items():
+            write(getattr(self, attribute), value)
+
+    def delta_of(self, values: Mapping[str, np.ndarray]) -> Tensor:
+        """`delta_weight` for other values of the weights."""
+        now = self.snapshot()
+        self.restore(values)
+        try:
+            # A copy: it may be a weight itself, which changes back.
+            return Tensor(to_numpy(self.delta_weight()).copy())
+        finally:
+            self.restore(now)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: these weights stand in the tree, and in a `state_dict`, under the paths that HF gives them."""
@@ -63,14 +96,37 @@ class Patch(nn.Cell):
         """What becomes of the base layer's output y for input x."""
         return y + self.op(x, self.delta_weight())
 
-    def merged(self, w: Tensor) -> Tensor:
-        """The base weight with this adapter folded in; w and the result in torch's layout and at least float32.
+    def merged(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the base layer with this adapter folded in; w in torch's layout, both at least float32.
 
         Raises:
             MergeError: this one cannot be folded in.
         """
-        return w + self.delta_weight()
+        return w + self.delta_weight(), b
+
+    def remainder(self, w: Tensor) -> Tensor:
+        """What the base weight w becomes when a fresh `residual` adapter is put in."""
+        return w - self.delta_weight()
 
     def check_mergeable(self) -> None:
         """Raise `MergeError` if this Patch cannot be merged where it sits."""
         return None
+
+    @property
+    def additive(self) -> bool:
+        """Whether all that this Patch does is to add `delta_weight` to the base weight."""
+        return type(self).merged is Patch.merged
+
+
+def attribute_of(key: str) -> str:
+    """The attribute that holds a weight: "lora_A.weight" -> lora_A, "lora_B.bias" -> lora_B_bias."""
+    return key.removesuffix(".weight").replace(".", "_")
+
+
+def place_of(key: str) -> tuple[str, str]:
+    """Where in a key HF puts the adapter's name: after the first part of the pair.
+
+    "lora_A.weight" -> ("lora_A", "weight"), but "lora_embedding_A" -> ("lora_embedding_A", "").
+    """
+    stem, _, leaf = key.rpartition(".")
+    return (stem, leaf) if stem and leaf in ("weight", "bias") else (key, "")

@@ -222,9 +222,7 @@ class Tuner(nn.Cell):
         plan = [(layer, self._to_merge(layer, names)) for layer in self._layers()]
         self._check_merge(plan, safe_merge)
         for layer, new in tqdm(plan, desc="Merging", disable=not progressbar):
-            layer.merge(new)
-            # What is merged for good needs no way back.
-            layer.backups.clear()
+            layer.merge_for_good(new)
         for _, wrapper in wrappers(self.model):
             copies = [name for name in names if name in wrapper.held()]
             if isinstance(wrapper, ModulesToSaveWrapper) and copies:

@@ -1,7 +1,7 @@
 """Plain Cells: which layers can be tuned, and how each of them holds and applies its weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mindspore import Parameter, Tensor, mint, nn, ops
@@ -22,6 +22,8 @@ class Site:
         shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...).
         dtype: the weight's dtype.
         op: applies a weight of that layout as the layer applies its own, see `backend.ops`.
+        layer: the Cell itself. A Site is no Cell, so nothing below it shows up twice in the tree; compiled code reads
+            its parameters all the same.
         weight_name: the attribute that holds the weight.
         transposed: the layer stores (in, out) (GPT-2's `Conv1D`).
         groups: of a convolution.
@@ -35,6 +37,7 @@ class Site:
     shape: tuple[int, ...]
     dtype: Any
     op: nn.Cell
+    layer: nn.Cell = field(repr=False, compare=False)
     weight_name: str = "weight"
     transposed: bool = False
     groups: int = 1
@@ -44,9 +47,15 @@ class Site:
     def name(self) -> str:
         return self.path.rpartition(".")[2]
 
-    def weight(self, base: nn.Cell) -> Parameter:
+    @property
+    def weight(self) -> Parameter:
         """The layer's own weight, as stored."""
-        return getattr(base, self.weight_name)
+        return getattr(self.layer, self.weight_name)
+
+    @property
+    def bias(self) -> Parameter | None:
+        """The layer's own bias, if it has one."""
+        return getattr(self.layer, "bias", None)
 
     def from_storage(self, w: Tensor) -> Tensor:
         """A weight as the layer stores it -> torch's layout."""
@@ -68,20 +77,23 @@ def _dense(cell: nn.Cell, path: str) -> Site:
         tuple(weight.shape),
         weight.dtype,
         DenseOp(),
+        cell,
         activation=activation,
     )
 
 
 def _transposed_dense(cell: nn.Cell, path: str) -> Site:
     rows, columns = cell.weight.shape
-    return Site(path, LINEAR, rows, columns, (columns, rows), cell.weight.dtype, DenseOp(), transposed=True)
+    return Site(path, LINEAR, rows, columns, (columns, rows), cell.weight.dtype, DenseOp(), cell, transposed=True)
 
 
 def _embedding(cell: nn.Cell, path: str) -> Site:
     name = "embedding_table" if isinstance(cell, nn.Embedding) else "weight"
     table = getattr(cell, name)
     vocabulary, dim = table.shape
-    return Site(path, "embedding", vocabulary, dim, (vocabulary, dim), table.dtype, EmbeddingOp(), weight_name=name)
+    return Site(
+        path, "embedding", vocabulary, dim, (vocabulary, dim), table.dtype, EmbeddingOp(), cell, weight_name=name
+    )
 
 
 def _per_side(padding: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -99,7 +111,15 @@ def _conv(cell: nn.Cell, path: str) -> Site:
     padding = _per_side(cell.padding, 2 if dims == 1 else dims)[-2 * dims :]
     op = ConvOp(dims, cell.in_channels, cell.stride[-dims:], cell.dilation[-dims:], cell.pad_mode, padding)
     return Site(
-        path, f"conv{dims}d", cell.in_channels, cell.out_channels, shape, cell.weight.dtype, op, groups=cell.group
+        path,
+        f"conv{dims}d",
+        cell.in_channels,
+        cell.out_channels,
+        shape,
+        cell.weight.dtype,
+        op,
+        cell,
+        groups=cell.group,
     )
 
 

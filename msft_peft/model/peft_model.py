@@ -18,6 +18,7 @@ from msft_peft.errors import AdapterNameError, ConfigError, PeftWarning
 from msft_peft.hosts import model_config
 from msft_peft.io.adapter import embeddings_of, match_tensors, read_tensors, save_tensors, with_copies_in
 from msft_peft.io.card import write_card
+from msft_peft.registry import method_of
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
 ROOT_ADAPTER = "default"
@@ -76,7 +77,7 @@ class PeftModel(nn.Cell):
 
     def _install(self, model: nn.Cell, adapter: inject.Adapter) -> None:
         inject.attach(model, adapter)
-        self.base_model = Tuner(model)
+        self.base_model = (method_of(adapter.config).tuner or Tuner)(model)
         self.base_model._active = (adapter.name,)
         inject.activate(model, [adapter.name], trainable=not adapter.config.inference_mode)
         inherit_mode(self, model)

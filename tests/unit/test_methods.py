@@ -9,6 +9,7 @@ import pytest
 from mindspore import Tensor, ops
 
 from msft_peft import ConfigError, LoraConfig, MergeError, PeftConfig, PeftType, get_peft_config, get_peft_model
+from msft_peft.backend.arrays import as_float32
 from msft_peft.config import TargetedConfig
 from msft_peft.core.patch import Patch
 from msft_peft.registry import METHODS, Method, discover, method_of
@@ -34,8 +35,8 @@ class ScalePatch(Patch):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return y
 
-    def merged(self, w: Tensor) -> Tensor:
-        return w * ops.reshape(1 + self.scale, (1, -1))
+    def merged(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w * ops.reshape(1 + self.scale, (1, -1)), b
 
 
 @dataclass
@@ -53,6 +54,20 @@ class DeltaPatch(Patch):
         return self.delta
 
 
+class TakingPatch(Patch):
+    """Begins as half of the base weight, which gives that half up; keeps its delta some levels down."""
+
+    residual = True
+
+    def setup(self, site: Any, config: DeltaConfig) -> None:
+        half = as_float32(array(site.from_storage(site.weight))) / 2
+        self.inner_delta = self.weight("inner.delta", site.shape, half)
+        self.inner_offset = self.weight("inner.offset", (site.out_features,), "zeros")
+
+    def delta_weight(self) -> Tensor:
+        return self.inner_delta
+
+
 SCALE = Method(config=ScaleConfig, patches={"dense": ScalePatch})
 DELTA = Method(config=DeltaConfig, patches={"dense": DeltaPatch, "embedding": DeltaPatch, "conv2d": DeltaPatch})
 
@@ -62,6 +77,12 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two methods above, for one test."""
     monkeypatch.setitem(METHODS, "SCALE", SCALE)
     monkeypatch.setitem(METHODS, "DELTA", DELTA)
+
+
+@pytest.fixture
+def taking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DELTA with Patches that take from the base weight."""
+    monkeypatch.setitem(METHODS, "DELTA", replace(DELTA, patches={"dense": TakingPatch}))
 
 
 @pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
@@ -193,3 +214,70 @@ def test_two_methods_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.import_module", lambda _: module)
     with pytest.raises(ConfigError, match="two methods are called LORA: the second is in twins"):
         discover(package)
+
+
+def test_what_a_fresh_adapter_adds_is_taken_from_the_base_and_given_back(mode: str, taking: None):
+    net = nets.Dense()
+    x, expected, before = net.sample(), output(net), array(net.lin0.weight)
+    model = get_peft_model(net, DeltaConfig(target_modules=["lin0"]))
+    assert_same(array(net.lin0.weight), before / 2)
+    assert_same(model(x), expected)
+    shake(weights_of(model, "default"))
+    trained = output(model)
+    assert differ(trained, expected)
+    with model.disable_adapter():
+        assert differ(output(model), expected)
+    model.merge_adapter()
+    assert_same(model(x), trained, "merge")
+    model.unmerge_adapter()
+    assert_same(model(x), trained, "merge")
+    model.delete_adapter("default")
+    assert_same(array(net.lin0.weight), before)
+    assert_same(model(x), expected)
+
+
+def test_unload_gives_back_what_was_taken_and_merging_for_good_does_not(taking: None):
+    net = nets.Dense()
+    before = array(net.lin0.weight)
+    config = DeltaConfig(target_modules=["lin0"])
+    assert_same(array(get_peft_model(net, config).unload().lin0.weight), before)
+    model = get_peft_model(net, config)
+    shake(weights_of(model, "default"))
+    expected = output(model)
+    assert_same(output(model.merge_and_unload()), expected, "merge")
+
+
+def test_what_is_taken_must_come_from_the_base_itself(taking: None):
+    model = get_peft_model(nets.Dense(), DeltaConfig(target_modules=["lin0"]), adapter_name="one")
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="unmerge the model first"):
+        model.add_adapter("two", DeltaConfig(target_modules=["lin1"]))
+    assert list(model.peft_config) == ["one"]
+
+
+def test_weights_some_levels_down(taking: None):
+    model = get_peft_model(nets.Dense(), DeltaConfig(target_modules=["lin0"]), adapter_name="one")
+    model.add_adapter("two", DeltaConfig(target_modules=["lin0"]))
+    inner = model.get_base_model().lin0.inner
+    assert sorted(p.name.partition("lin0.")[2] for p in weights_of(model, "two")) == [
+        "inner.delta.two",
+        "inner.offset.two",
+    ]
+    assert sorted(inner.delta) == ["one", "two"]
+    model.delete_adapter("two")
+    assert list(inner.delta) == ["one"]
+    model.delete_adapter("one")
+    assert "inner" not in model.get_base_model().lin0._cells
+
+
+def test_float32_unmerges_what_was_merged_though_the_adapter_has_changed_since():
+    net = nets.Dense()
+    before = array(net.lin0.weight)
+    model = get_peft_model(net, DeltaConfig(target_modules=["lin0"]))
+    shake(weights_of(model, "default"))
+    model.merge_adapter()
+    shake(weights_of(model, "default"), seed=2)
+    now = array(weights_of(model, "default")[0])
+    model.unmerge_adapter()
+    assert_same(array(net.lin0.weight), before)
+    assert_same(array(weights_of(model, "default")[0]), now, "exact")
