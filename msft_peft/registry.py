@@ -19,6 +19,7 @@ class Method:
     Attributes:
         config: its config class, which names the method (`peft_type`).
         patches: its Patch class for each kind of layer that it can work on.
+        variants: other Patch classes by kind of layer, by the name of the variant (`config.variant`).
         default_targets: usual target layers by the base model's `model_type`.
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         merges: its weights can be folded into the base weights.
@@ -28,6 +29,7 @@ class Method:
 
     config: type[PeftConfig]
     patches: Mapping[str, type]
+    variants: Mapping[str, Mapping[str, type]] = field(default_factory=dict)
     default_targets: Mapping[str, list[str] | str] = field(default_factory=dict)
     identity_at_init: bool = True
     merges: bool = True
@@ -38,6 +40,10 @@ class Method:
     def name(self) -> str:
         """The method's `peft_type`, "LORA" for instance."""
         return str(self.config.peft_type)
+
+    def patches_for(self, config: PeftConfig) -> Mapping[str, type]:
+        """The Patch class for each kind of layer that this config asks for."""
+        return self.variants.get(getattr(config, "variant", ""), self.patches)
 
 
 METHODS: dict[str, Method] = {}

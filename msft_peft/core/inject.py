@@ -21,10 +21,11 @@ from msft_peft.core.layer import (
     wrappers,
 )
 from msft_peft.core.patch import Patch, place_of
+from msft_peft.core.routing import routing_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
 from msft_peft.hosts import Site
-from msft_peft.registry import Method, method_of
+from msft_peft.registry import method_of
 
 # Heads that task classes ask to be trained whole without knowing which of them a model has.
 OPTIONAL_HEADS = ("classifier", "score", "qa_outputs")
@@ -122,12 +123,13 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     cells = outer_cells(model)
     targets = resolve_targets(config, method, model, cells)
     config.target_modules = targets if isinstance(targets, str) else sorted(targets)
-    sites = _sites(method, cells, match_targets(config, cells))
+    sites = _sites(config, cells, match_targets(config, cells))
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
     modules = _modules_to_save(config, cells)
     _say_paths(config, modules, cells)
-    patches = {path: method.patches[site.kind](site, config, autocast) for path, site in sites.items()}
+    classes = method.patches_for(config)
+    patches = {path: classes[site.kind](site, config, autocast) for path, site in sites.items()}
     _check_residual(model, name, patches)
     return Adapter(name, config, patches, {path: copy_of(cell) for path, cell in modules.items()})
 
@@ -144,10 +146,11 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
     discard(model, adapter.name)
     enabled = all(wrapper.enabled for _, wrapper in wrappers(model))
     bare = {path: get_child(model, path) for path in (*adapter.patches, *adapter.modules)}
+    routing = routing_of(model)
     new = {
-        id(cell): TunerLayer(cell, adapter.patches[path].site)
+        id(cell): TunerLayer(cell, adapter.patches[path].site, routing)
         if path in adapter.patches
-        else ModulesToSaveWrapper(cell)
+        else ModulesToSaveWrapper(cell, routing)
         for path, cell in bare.items()
         if not isinstance(cell, Wrapper)
     }
@@ -177,8 +180,9 @@ def detach_all(model: nn.Cell) -> None:
         for name in list(wrapper.held()):
             wrapper.discard(name)
     replace_cells(model, {id(wrapper): wrapper.base() for _, wrapper in wrappers(model)})
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    for attribute in ("peft_config", "peft_routing"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
     settle(model)
 
 
@@ -199,6 +203,13 @@ def use(model: nn.Cell, names: Iterable[str]) -> None:
     names = list(names)
     for _, wrapper in wrappers(model):
         wrapper.activate(names)
+    routing_of(model).invocation = next(iter(invocations_of(model, names)), None)
+
+
+def invocations_of(model: nn.Cell, names: Iterable[str]) -> list[tuple[int, ...]]:
+    """The token sequences that these adapters wait for, each once."""
+    waiting = (getattr(configs_of(model)[name], "alora_invocation_tokens", None) for name in names)
+    return list(dict.fromkeys(tuple(tokens) for tokens in waiting if tokens is not None))
 
 
 def configs_of(model: nn.Cell) -> dict[str, PeftConfig]:
@@ -249,21 +260,25 @@ def inject_adapter_in_model(
         raise NotImplementedError("low_cpu_mem_usage and state_dict of inject_adapter_in_model are not built yet")
     if adapter_name in configs_of(model):
         raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
+    if getattr(peft_config, "alora_invocation_tokens", None) is not None:
+        raise ConfigError("alora_invocation_tokens needs get_peft_model: something must look for them in the input.")
     attach(model, prepare(model, peft_config, adapter_name))
     activate(model, [adapter_name], trainable=not peft_config.inference_mode)
     settle(model)
     return model
 
 
-def _sites(method: Method, cells: dict[str, nn.Cell], paths: list[str]) -> dict[str, Site]:
+def _sites(config: TargetedConfig, cells: dict[str, nn.Cell], paths: list[str]) -> dict[str, Site]:
+    method, variant = method_of(config), getattr(config, "variant", "")
+    kinds, what = method.patches_for(config), f"{method.name} ({variant})" if variant else method.name
     found = {}
     for path in paths:
         cell = cells[path]
         site = site_of(cell, path)
-        if site is None or site.kind not in method.patches:
+        if site is None or site.kind not in kinds:
             raise ConfigError(
                 f"Target module {path} ({type(cell).__name__}) is not supported. Currently, only these kinds of "
-                f"layers are supported by {method.name}: {sorted(method.patches)}. Name such layers, or 'all-linear'."
+                f"layers are supported by {what}: {sorted(kinds)}. Name such layers, or 'all-linear'."
             )
         found[path] = site
     return found

@@ -12,6 +12,7 @@ from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
 from msft_peft.backend.ops import add_bias
 from msft_peft.backend.tree import inherit_mode
 from msft_peft.core.patch import Patch, place_of
+from msft_peft.core.routing import Routing
 from msft_peft.errors import MergeError
 from msft_peft.hosts import Site, describe
 
@@ -56,12 +57,14 @@ class Wrapper(nn.Cell):
     Attributes:
         active: the adapters in use, those that are not here left out.
         enabled: False while all adapters are switched off.
+        routing: what all wrappers of the model share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, routing: Routing) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.routing = routing
 
     def base(self) -> nn.Cell:
         """The layer that stood here before."""
@@ -99,8 +102,8 @@ class TunerLayer(Wrapper):
         site: what and where it is.
     """
 
-    def __init__(self, base: nn.Cell, site: Site) -> None:
-        super().__init__()
+    def __init__(self, base: nn.Cell, site: Site, routing: Routing) -> None:
+        super().__init__(routing)
         self.base_layer, self.site, self.op = base, site, site.op
         self.activation = site.activation
         self.adapters = nn.CellDict()
@@ -113,6 +116,8 @@ class TunerLayer(Wrapper):
         inherit_mode(self, base)
 
     def construct(self, x: Tensor) -> Tensor:
+        if self.routing.names:
+            return self._routed(x)
         if not self.adapting:
             return self.base_layer(x)
         for name in self.active:
@@ -120,7 +125,30 @@ class TunerLayer(Wrapper):
         y = self._linear(x)
         dtype = y.dtype
         for name in self.active:
-            y = self.adapters[name].after(x, y)
+            patch = self.adapters[name]
+            adapted = patch.after(x, y)
+            y = adapted if patch.invocation is None else ops.where(self.routing.invoked(y), adapted, y)
+        return self._finished(y, dtype)
+
+    def _routed(self, x: Tensor) -> Tensor:
+        """Each row through its own adapter: one pass of the base layer, and of each adapter, for all of them."""
+        base = self._linear(x)
+        y = base
+        for name in self.routing.names:
+            if self.enabled and name in self.adapters.keys():
+                patch = self.adapters[name]
+                rows = self.routing.serves(name, base)
+                if patch.invocation is not None:
+                    rows = ops.logical_and(rows, self.routing.invoked(base))
+                y = patch.served(rows, x, base, y) if patch.additive else ops.where(rows, self._alone(patch, x), y)
+        return self._finished(y, base.dtype)
+
+    def _alone(self, patch: Patch, x: Tensor) -> Tensor:
+        x = patch.before(x)
+        return patch.after(x, self._linear(x))
+
+    def _finished(self, y: Tensor, dtype: Any) -> Tensor:
+        """The output, from the sum: in the base layer's dtype, with the activation that it fuses."""
         if y.dtype != dtype:
             y = ops.cast(y, dtype)
         return y if self.activation is None else self.activation(y)
@@ -314,13 +342,19 @@ class ModulesToSaveWrapper(Wrapper):
         modules_to_save: adapter name -> its copy.
     """
 
-    def __init__(self, original: nn.Cell) -> None:
-        super().__init__()
+    def __init__(self, original: nn.Cell, routing: Routing) -> None:
+        super().__init__(routing)
         self.original_module = original
         self.modules_to_save = nn.CellDict()
         inherit_mode(self, original)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.names:
+            y = self.original_module(*args, **kwargs)
+            for name in self.routing.names:
+                if self.enabled and name in self.modules_to_save.keys():
+                    y = ops.where(self.routing.serves(name, y), self.modules_to_save[name](*args, **kwargs), y)
+            return y
         if self.enabled and self.active:
             return self.modules_to_save[self.active[0]](*args, **kwargs)
         return self.original_module(*args, **kwargs)

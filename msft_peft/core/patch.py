@@ -25,9 +25,11 @@ class Patch(nn.Cell):
         keys: attribute of each weight -> its key in HF's files, below the layer's path.
         residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
             is given back when the adapter is taken out.
+        invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
     """
 
     residual = False
+    invocation: tuple[int, ...] | None = None
 
     def __init__(self, site: Site, config: PeftConfig, autocast: bool = True) -> None:
         super().__init__()
@@ -95,6 +97,17 @@ class Patch(nn.Cell):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """What becomes of the base layer's output y for input x."""
         return y + self.op(x, self.delta_weight())
+
+    def served(self, rows: Tensor, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
+        """y, with `after(x, base)` in its place where `rows` says so. Only additive methods are asked.
+
+        Args:
+            rows: (B, 1, ...) or (B, T, 1), bool.
+            x: the layer's input.
+            base: what the base layer makes of it.
+            y: the output so far, from other adapters' rows.
+        """
+        return ops.where(rows, self.after(x, base), y)
 
     def merged(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the base layer with this adapter folded in; w in torch's layout, both at least float32.

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mindspore import nn
+from mindspore import Tensor, nn
 from tqdm import tqdm
 
 from msft_peft.backend.graphs import drop_compiled
@@ -13,7 +13,8 @@ from msft_peft.backend.tree import inherit_mode, owners, replace_cells
 from msft_peft.config import PeftConfig
 from msft_peft.core import inject
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
-from msft_peft.errors import AdapterNameError, MergeError, PeftWarning
+from msft_peft.core.routing import invocations, routing_of
+from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
 from msft_peft.registry import method_of
 
 
@@ -31,10 +32,22 @@ class Tuner(nn.Cell):
         super().__init__()
         self.model = model
         self._active: tuple[str, ...] = ()
+        self.routing = routing_of(model)
         inherit_mode(self, model)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        invocation = self.routing.invocation
+        if invocation is None or self.routing.names:
+            return self.model(*args, **kwargs)
+        if args:
+            return self.model(self._invoked(args[0], invocation), *args[1:], **kwargs)
+        if "input_ids" not in kwargs:
+            raise ValueError("an adapter with alora_invocation_tokens looks for them in input_ids: pass those")
+        kwargs["input_ids"] = self._invoked(kwargs["input_ids"], invocation)
+        return self.model(**kwargs)
+
+    def _invoked(self, ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+        return self.routing.start(invocations(ids, tokens), ids)
 
     def __getattr__(self, name: str) -> Any:
         """What is not the tuner's own is the base model's."""
@@ -86,9 +99,15 @@ class Tuner(nn.Cell):
         Raises:
             AdapterNameError: a name is not there.
             MergeError: two of them train the same layer whole (`modules_to_save`).
+            ConfigError: two of them wait for different invocation tokens.
         """
         names = list(dict.fromkeys(self._require(adapter_name)))
         self._check_one_copy(names)
+        waiting = inject.invocations_of(self.model, names)
+        if len(waiting) > 1:
+            raise ConfigError(
+                f"Adapters {names} cannot be active together: they wait for different tokens, {waiting}."
+            )
         self._unmerge_first("Adapter cannot be set when the model is merged.")
         inject.activate(self.model, names, trainable=not inference_mode)
         self._active = tuple(names)

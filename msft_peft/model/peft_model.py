@@ -4,15 +4,18 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mindspore import nn
+import numpy as np
+from mindspore import Tensor, nn
 
 from msft_peft.backend.tree import Named, inherit_mode
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core import inject
+from msft_peft.core.mixed_batch import divided
+from msft_peft.core.routing import invocations
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError, PeftWarning
 from msft_peft.hosts import model_config
@@ -86,9 +89,36 @@ class PeftModel(nn.Cell):
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, with the active adapters in effect."""
-        return self.get_base_model().generate(*args, **kwargs)
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Args:
+            args, kwargs: what the base model takes.
+            adapter_names: for each row of the batch the adapter that serves it, or "__base__". For inference, and not
+                inside code that is being compiled.
+
+        Raises: see `core.mixed_batch.divided`.
+
+        Differs: HF's other methods than LoRA ignore `adapter_names`, silently.
+        """
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with divided(self._roots(), adapter_names, _first_input(args, kwargs)):
+            return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters in effect, or those that serve the rows."""
+        base, routing = self.get_base_model(), self.base_model.routing
+        if adapter_names is not None:
+            with divided(self._roots(), adapter_names, _first_input(args, kwargs)):
+                return base.generate(*args, **kwargs)
+        if routing.invocation is not None:
+            ids = Tensor(_first_input(args, kwargs))
+            routing.start(invocations(ids, routing.invocation), ids)
+        return base.generate(*args, **kwargs)
+
+    def _roots(self) -> list[nn.Cell]:
+        return [self, self.base_model, self.get_base_model()]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -379,6 +409,17 @@ class PeftModel(nn.Cell):
             library = getattr(kind, "parent_library", kind.__module__)
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": library}
         return config
+
+
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model is called on: the first argument, or `input_ids`, or else the first named tensor."""
+    if args:
+        return args[0]
+    named = [kwargs.get("input_ids"), *kwargs.values()]
+    found = next((value for value in named if isinstance(value, Tensor | np.ndarray)), None)
+    if found is None:
+        raise ValueError("the model was given no tensor, so no rows to be divided among adapters")
+    return found
 
 
 def _config_for(

@@ -83,7 +83,8 @@ class GenerativeModel(PreTrainedModel):
             size = filled + new + -(filled + new) % _BUCKET
 
         was_training = self.training
-        self.set_train(False)
+        if was_training:  # not otherwise: it would forget a phase that a caller has set
+            self.set_train(False)
         try:
             step = {
                 "input_ids" if inputs_embeds is None else "inputs_embeds": Tensor(prompt),
@@ -114,7 +115,8 @@ class GenerativeModel(PreTrainedModel):
                 )
                 cache = outputs["past_key_values"]
         finally:
-            self.set_train(was_training)
+            if was_training:
+                self.set_train(True)
         return Tensor(tokens)
 
 

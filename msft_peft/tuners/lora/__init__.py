@@ -2,6 +2,7 @@
 
 from msft_peft.registry import Method
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
+from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 
 __all__ = ["METHOD", "LoraConfig", "LoraEmbeddingPatch", "LoraPatch", "LoraRuntimeConfig"]
@@ -27,14 +28,14 @@ _DEFAULT_TARGETS: dict[tuple[str, ...], list[str] | str] = {
     ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): ["rwkv7"],
 }
 
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+
 METHOD = Method(
     config=LoraConfig,
-    patches={
-        "dense": LoraPatch,
-        "conv1d": LoraPatch,
-        "conv2d": LoraPatch,
-        "conv3d": LoraPatch,
-        "embedding": LoraEmbeddingPatch,
+    patches={"dense": LoraPatch, "embedding": LoraEmbeddingPatch} | dict.fromkeys(_CONVOLUTIONS, LoraPatch),
+    variants={
+        "dora": {"dense": DoraPatch, "embedding": DoraEmbeddingPatch} | dict.fromkeys(_CONVOLUTIONS, DoraPatch),
+        "alora": {"dense": LoraPatch},
     },
     default_targets={kind: list(targets) for targets, kinds in _DEFAULT_TARGETS.items() for kind in kinds}
     | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"},

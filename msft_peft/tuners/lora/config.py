@@ -10,6 +10,7 @@ from msft_peft.errors import ConfigError, PeftWarning
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
+VARIANTS = ("", "dora", "alora")
 BUILT_INITS = (True, False, "gaussian")
 
 
@@ -39,20 +40,25 @@ class LoraConfig(TargetedConfig):
         rank_pattern, alpha_pattern: a layer's path, its end or a regex for either -> its own r or lora_alpha.
         bias: "none", "all" or "lora_only": which biases of the base model are trained, in place.
         fan_in_fan_out: the layers store (in, out); corrected, with a warning, where the layer says otherwise.
+        use_dora: learn a magnitude for each output beside the direction; see `dora.py`.
+        lora_bias: B has a bias, which is scaled like its product; not for embeddings.
+        alora_invocation_tokens: the adapter acts from the last occurrence of these token ids on, and before them the
+            model is the base model, whose key/value cache it may share (activated LoRA; dense layers only).
         init_lora_weights: True (A He-uniform with a = √5, B zero), "gaussian" (A ~ N(0, 1/r), B zero), False (both
             drawn as True draws A: the adapter changes the output at once), or the name of an initialisation of HF's.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     The other fields are HF's, for options that are not built yet: megatron_config, megatron_core,
-    trainable_token_indices, loftq_config, eva_config, corda_config, lora_ga_config, use_dora, velora_config,
-    alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, layer_replication, runtime_config,
-    lora_bias, target_parameters, use_bdlora, arrow_config, kasa_config, ensure_weight_tying.
+    trainable_token_indices, loftq_config, eva_config, corda_config, lora_ga_config, velora_config, use_qalora,
+    qalora_group_size, monteclora_config, layer_replication, runtime_config, target_parameters, use_bdlora,
+    arrow_config, kasa_config, ensure_weight_tying.
 
     Raises:
         ConfigError: a value out of range, an unknown initialisation, or options that exclude each other.
         NotImplementedError: an unknown `bias` (HF's kind of error).
 
-    Source: Hu et al. 2021, arXiv:2106.09685, §4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    Source: Hu et al. 2021, arXiv:2106.09685, §4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732;
+        aLoRA: Greenewald et al. 2025, arXiv:2504.12397.
     Differs: HF notices a bad `r`, `lora_dropout` or `init_lora_weights` only when a model is wrapped.
     """
 
@@ -105,6 +111,10 @@ class LoraConfig(TargetedConfig):
             raise ConfigError(f"lora_bias=True needs init_lora_weights=True or False, got {self.init_lora_weights!r}")
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias=True is not supported for DoRA, please pass use_dora=False")
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"Invalid or unsupported variant combination: {self.variant}")
+        if self.alora_invocation_tokens == []:
+            raise ConfigError("`alora_invocation_tokens` is an empty list: an adapter that waits for nothing")
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", PeftWarning, stacklevel=3)
 
@@ -143,6 +153,12 @@ class LoraConfig(TargetedConfig):
         del fields["runtime_config"]
         return fields
 
+    @property
+    def variant(self) -> str:
+        """The variant of LoRA whose Patches are asked for; "" for plain LoRA."""
+        chosen = {"dora": self.use_dora, "alora": self.alora_invocation_tokens is not None}
+        return " and ".join(name for name, asked in chosen.items() if asked)
+
     def require_built(self) -> None:
         if self.init not in BUILT_INITS:
             raise NotImplementedError(f"LoraConfig.init_lora_weights={self.init_lora_weights!r} is not built yet")
@@ -168,14 +184,11 @@ _NOT_BUILT = frozenset(
         "eva_config",
         "corda_config",
         "lora_ga_config",
-        "use_dora",
         "velora_config",
-        "alora_invocation_tokens",
         "use_qalora",
         "monteclora_config",
         "layer_replication",
         "runtime_config",
-        "lora_bias",
         "target_parameters",
         "use_bdlora",
         "arrow_config",

@@ -18,6 +18,7 @@ class LoraPatch(Patch):
     Weights:
         lora_A (r, in) or (r, in, kernel...): He-uniform with a = √5.
         lora_B (out, r) or (out, r / groups, 1...): zeros, so that a fresh adapter is the identity.
+        lora_B_bias (out,), with `lora_bias` alone: zeros; y gains s times it.
 
     Source: Hu et al. 2021, arXiv:2106.09685, §4.1. A convolution's A has the base layer's geometry, B is 1×1.
     Differs: a dilated convolution works here; HF builds A without the dilation and fails in the sum.
@@ -35,6 +36,9 @@ class LoraPatch(Patch):
         shape_b = (site.out_features, self.r // site.groups, *(1 for _ in kernel))
         self.lora_A = self.weight("lora_A.weight", shape_a, self.init_of_a(config))
         self.lora_B = self.weight("lora_B.weight", shape_b, "zeros" if config.init else _he_uniform())
+        if config.lora_bias:
+            self.lora_B_bias = self.weight("lora_B.bias", (site.out_features,), "zeros")
+        self.has_bias, self.drops = config.lora_bias, config.lora_dropout > 0
         self.lora_dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
 
     def hyperparameters(self, site: Site, config: LoraConfig) -> None:
@@ -42,14 +46,32 @@ class LoraPatch(Patch):
         self.r = match_pattern(config.rank_pattern, site.path, config.r)
         self.lora_alpha = match_pattern(config.alpha_pattern, site.path, config.lora_alpha)
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        if config.alora_invocation_tokens is not None:
+            self.invocation = tuple(config.alora_invocation_tokens)
 
     def init_of_a(self, config: LoraConfig) -> Initializer:
         return Normal(1 / self.r) if config.init == "gaussian" else _he_uniform()
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         # Two thin products instead of one thick; the scaling goes where the tensor is thinnest.
-        h = self.op(self.lora_dropout(self.cast(x)), self.lora_A)
-        return ops.add(y, self.op.mix(ops.mul(h, self.scaling), self.lora_B))
+        return ops.add(y, self.update(self.lora_dropout(self.cast(x))))
+
+    def update(self, x: Tensor) -> Tensor:
+        """s·(B·A·x + b)."""
+        delta = self.op.mix(ops.mul(self.op(x, self.lora_A), self.scaling), self.lora_B)
+        return ops.add(delta, self.per_channel(ops.mul(self.lora_B_bias, self.scaling))) if self.has_bias else delta
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """(out,) -> the shape in which it goes with the layer's outputs."""
+        return ops.reshape(values, (-1,) + (1,) * (len(self.site.shape) - 2))
+
+    def merged(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        w = ops.add(w, self.delta_weight())
+        return w, b + ops.mul(self.lora_B_bias, self.scaling) if self.has_bias else b
+
+    @property
+    def additive(self) -> bool:
+        return not self.has_bias
 
     def delta_weight(self) -> Tensor:
         b = ops.reshape(self.lora_B, (self.site.out_features, self.r))
@@ -57,6 +79,12 @@ class LoraPatch(Patch):
         return ops.reshape(ops.mul(ops.matmul(b, a), self.scaling), self.site.shape)
 
     def check_mergeable(self) -> None:
+        if self.invocation is not None:
+            raise MergeError("aLoRA does not support merging: a merged adapter would act on all tokens.")
+        if self.has_bias and self.site.bias is None:
+            raise MergeError(
+                f"Impossible to merge LoRA with lora_bias=True because the base layer {self.site.path} has no bias."
+            )
         if self.site.groups > 1:
             raise MergeError(
                 f"{self.site.path} is a convolution with groups={self.site.groups}: its low-rank update reads all "
@@ -74,14 +102,20 @@ class LoraEmbeddingPatch(LoraPatch):
 
     def setup(self, site: Site, config: LoraConfig) -> None:
         self.hyperparameters(site, config)
+        if config.lora_bias:
+            raise ConfigError(f"lora_bias=True is not supported for Embedding: {site.path} is one.")
+        self.has_bias = False
         vocabulary, dim = site.shape
         init_a = "zeros" if config.init else Normal(1.0)
         self.lora_embedding_A = self.weight("lora_embedding_A", (self.r, vocabulary), init_a)
         self.lora_embedding_B = self.weight("lora_embedding_B", (dim, self.r), Normal(1.0))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return ops.add(y, self.update(x))
+
+    def update(self, x: Tensor) -> Tensor:
         h = self.op(x, ops.transpose(self.lora_embedding_A, (1, 0)))
-        return ops.add(y, self.op.mix(ops.mul(h, self.scaling), self.lora_embedding_B))
+        return self.op.mix(ops.mul(h, self.scaling), self.lora_embedding_B)
 
     def delta_weight(self) -> Tensor:
         delta = ops.matmul(self.lora_embedding_B, self.lora_embedding_A)

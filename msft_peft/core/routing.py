@@ -1,0 +1,116 @@
+"""Which adapter serves which row of a batch, and from which token on: numbers that change with no recompilation.
+
+They are Parameters held by a plain object, not by a Cell: compiled code reads their present values, and they are no
+part of the model's own parameters.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from msft_peft.backend.arrays import write
+
+# Rows that one batch may have. The tables have a fixed length, so that compiled code can write into them.
+MOST_ROWS = 1024
+
+_numbers = itertools.count()
+
+
+class Routing:
+    """What all adapted layers of one model share in a forward pass.
+
+    Attributes:
+        names: the adapters among which the rows of a batch are divided; empty while all rows go through the active
+            ones. Compiled code takes it for a constant.
+        rows: number of rows that are divided.
+        invocation: the token ids from which on the active adapter acts; None if it acts on all tokens.
+    """
+
+    def __init__(self) -> None:
+        number = next(_numbers)
+        self.names: tuple[str, ...] = ()
+        self.rows = 0
+        self.invocation: tuple[int, ...] | None = None
+        self._choice = _table(f"peft_choice_{number}", -1)
+        self._starts = _table(f"peft_starts_{number}", 0)
+
+    def choose(self, names: Sequence[str], chosen: Sequence[str]) -> None:
+        """Send row i through the adapter `chosen[i]`, one of `names`; through the base layers alone if it is none."""
+        _require_room(len(chosen))
+        index = {name: i for i, name in enumerate(names)}
+        table = np.full(MOST_ROWS, -1, np.int32)
+        table[: len(chosen)] = [index.get(name, -1) for name in chosen]
+        write(self._choice, table)
+        self.names, self.rows = tuple(names), len(chosen)
+
+    def clear(self) -> None:
+        """Send all rows through the active adapters again."""
+        self.names, self.rows = (), 0
+
+    def start(self, tokens_left: Tensor, x: Tensor) -> Tensor:
+        """Note for each row how many tokens there are from an invocation on; returns x, to be used instead of it.
+
+        Args:
+            tokens_left: (B,) int32; 0 where nothing was invoked.
+            x: the model's input. What is computed from the returned one is computed after the note was taken.
+        """
+        _require_room(tokens_left.shape[0])
+        rest = ops.zeros((MOST_ROWS - tokens_left.shape[0],), ms.int32)
+        return ops.depend(x, ops.assign(self._starts, ops.concat((tokens_left, rest), 0)))
+
+    def serves(self, name: str, y: Tensor) -> Tensor:
+        """(B, 1, ...), bool: the rows of y that go through the adapter `name`."""
+        if y.shape[0] != self.rows:
+            raise ValueError(
+                f"adapter_names divides a batch of {self.rows} rows, but a layer got a tensor whose first axis has "
+                f"length {y.shape[0]}: adapter_names needs layers that keep the batch as their first axis."
+            )
+        mine = ops.equal(self._rows(self._choice, y), self.names.index(name))
+        return ops.reshape(mine, (-1,) + (1,) * (y.ndim - 1))
+
+    def invoked(self, y: Tensor) -> Tensor:
+        """(B, T, 1), bool: the tokens of y (B, T, features) from the invocation on."""
+        place = ops.reshape(ops.arange(y.shape[1]), (1, -1, 1))
+        return place >= y.shape[1] - ops.reshape(self._rows(self._starts, y), (-1, 1, 1))
+
+    def _rows(self, table: Parameter, y: Tensor) -> Tensor:
+        # The tie to y keeps compiled code from reading the table before `start` has written it.
+        return ops.depend(table, y)[: y.shape[0]]
+
+
+def invocations(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Tokens left in each row of ids (B, T), int, from the last occurrence of `tokens` on; 0 where there is none.
+
+    Returns:
+        (B,) int32.
+    """
+    length = ids.shape[1]
+    places = length - len(tokens) + 1
+    if places < 1:
+        return ops.zeros((ids.shape[0],), ms.int32)
+    found = ops.equal(ids[:, :places], tokens[0])
+    for offset in range(1, len(tokens)):
+        found = ops.logical_and(found, ops.equal(ids[:, offset : offset + places], tokens[offset]))
+    left = ops.reshape(length - ops.arange(places), (1, -1))
+    # The last occurrence leaves the fewest tokens; none at all leaves a number out of reach.
+    least = ops.min(ops.where(found, left, ops.full_like(left, length + 1)), 1)[0]
+    return ops.cast(ops.where(least > length, ops.zeros_like(least), least), ms.int32)
+
+
+def routing_of(model: nn.Cell) -> Routing:
+    """The Routing of a base model; a new one if it has none."""
+    if not hasattr(model, "peft_routing"):
+        model.peft_routing = Routing()
+    return model.peft_routing
+
+
+def _table(name: str, value: int) -> Parameter:
+    return Parameter(Tensor(np.full(MOST_ROWS, value, np.int32)), name=name, requires_grad=False)
+
+
+def _require_room(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise ValueError(f"a batch divided by adapter_names or invocation tokens has at most {MOST_ROWS} rows: {rows}")
