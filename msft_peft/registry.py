@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType
@@ -24,6 +24,7 @@ class Method:
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         merges: its weights can be folded into the base weights.
         mixed: may be active beside another method in one model.
+        extras: (model, config, its cells by path, autocast) -> Patches beside those at the targets, by path.
         tuner: the class of `PeftModel.base_model`, a `core.tuner.Tuner`, where the method has calls of its own.
     """
 
@@ -34,6 +35,7 @@ class Method:
     identity_at_init: bool = True
     merges: bool = True
     mixed: bool = False
+    extras: Callable[..., dict[str, Any]] | None = None
     tuner: type | None = None
 
     @property

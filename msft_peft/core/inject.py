@@ -20,7 +20,9 @@ from msft_peft.core.layer import (
     site_of,
     wrappers,
 )
+from msft_peft.core.parameter import ParameterLayer
 from msft_peft.core.patch import Patch, place_of
+from msft_peft.core.replication import Blocks, replicated, restore_blocks
 from msft_peft.core.routing import routing_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
@@ -40,12 +42,19 @@ class Adapter:
         config: its config, targets resolved.
         patches: its Patch at each adapted layer's path.
         modules: its copy of each layer that it trains whole, by path.
+        blocks: another list of blocks for the base model, if it asks for one.
     """
 
     name: str
     config: PeftConfig
     patches: dict[str, Patch]
     modules: dict[str, nn.Cell]
+    blocks: Blocks | None = None
+
+    @property
+    def targets(self) -> list[str]:
+        """The paths of its target layers."""
+        return [path for path, patch in self.patches.items() if not patch.auxiliary]
 
     def entries(self, model: nn.Cell) -> dict[str, Named]:
         """Its tensors by their keys in HF's files, below the base model: weights, copies, and trained biases.
@@ -69,7 +78,7 @@ class Adapter:
         kind = getattr(self.config, "bias", "none")
         if kind == "none":
             return {}
-        held = _held_ids(model)
+        held = held_ids(model)
         adapted = set(self.patches) | {path for path, w in wrappers(model) if isinstance(w, TunerLayer)}
         found = {}
         for named in named_parameters(model):
@@ -120,7 +129,8 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     check_name(name)
     config = copy.deepcopy(config)
     assert isinstance(config, TargetedConfig)
-    cells = outer_cells(model)
+    blocks = replicated(model, getattr(config, "layer_replication", None), len(configs_of(model).keys() - {name}))
+    cells = outer_cells(model) if blocks is None else blocks.seen(model)
     targets = resolve_targets(config, method, model, cells)
     config.target_modules = targets if isinstance(targets, str) else sorted(targets)
     sites = _sites(config, cells, match_targets(config, cells))
@@ -130,8 +140,12 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
     patches = {path: classes[site.kind](site, config, autocast) for path, site in sites.items()}
+    if method.extras is not None:
+        extras = method.extras(model, config, cells, autocast)
+        _check_extras(model, extras, {*patches, *modules})
+        patches |= extras
     _check_residual(model, name, patches)
-    return Adapter(name, config, patches, {path: copy_of(cell) for path, cell in modules.items()})
+    return Adapter(name, config, patches, {path: copy_of(cell) for path, cell in modules.items()}, blocks)
 
 
 def attach(model: nn.Cell, adapter: Adapter) -> None:
@@ -139,28 +153,41 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
 
     The base model's own parameters are frozen, and nothing of them is copied.
     """
-    keep = _held_ids(model) | {id(p) for name in configs_of(model) for p in _biases_of(model, name)}
+    keep = held_ids(model) | {id(p) for name in configs_of(model) for p in _biases_of(model, name)}
     for p in model.get_parameters():
         if id(p) not in keep:
             p.requires_grad = False
     discard(model, adapter.name)
     enabled = all(wrapper.enabled for _, wrapper in wrappers(model))
-    bare = {path: get_child(model, path) for path in (*adapter.patches, *adapter.modules)}
-    routing = routing_of(model)
-    new = {
-        id(cell): TunerLayer(cell, adapter.patches[path].site, routing)
-        if path in adapter.patches
-        else ModulesToSaveWrapper(cell, routing)
-        for path, cell in bare.items()
-        if not isinstance(cell, Wrapper)
-    }
-    replace_cells(model, new)
+    if adapter.blocks is not None:
+        adapter.blocks.put_into(model)
+    _wrap(model, adapter)
     for path, held in (adapter.patches | adapter.modules).items():
         wrapper = get_child(model, path)
         wrapper.add(adapter.name, held)
         wrapper.set_requires_grad([adapter.name], False)
         wrapper.enable_adapters(enabled)
     model.peft_config = configs_of(model) | {adapter.name: adapter.config}
+
+
+def _wrap(model: nn.Cell, adapter: Adapter) -> None:
+    """Put wrappers where the adapter needs them and none stand yet."""
+    routing, there = routing_of(model), {path for path, _ in wrappers(model)}
+    new: dict[int, nn.Cell] = {}
+    for path, patch in adapter.patches.items():
+        if path not in there and patch.site.kind != "parameter":
+            cell = get_child(model, path)
+            new[id(cell)] = TunerLayer(cell, patch.site, routing)
+    for path in set(adapter.modules) - there:
+        cell = get_child(model, path)
+        new[id(cell)] = ModulesToSaveWrapper(cell, routing)
+    replace_cells(model, new)
+    # Several parameters of one module: the wrapper with the longest path stands innermost.
+    for path in sorted(set(adapter.patches) - there, key=len, reverse=True):
+        site = adapter.patches[path].site
+        if site.kind == "parameter":
+            cell = get_child(model, site.path)
+            replace_cells(model, {id(cell): ParameterLayer(cell, site, routing)})
 
 
 def discard(model: nn.Cell, name: str) -> None:
@@ -179,7 +206,15 @@ def detach_all(model: nn.Cell) -> None:
     for _, wrapper in wrappers(model):
         for name in list(wrapper.held()):
             wrapper.discard(name)
-    replace_cells(model, {id(wrapper): wrapper.base() for _, wrapper in wrappers(model)})
+    new: dict[int, nn.Cell] = {}
+    for _, wrapper in wrappers(model):
+        base = wrapper.base()
+        while isinstance(base, Wrapper):
+            base = base.base()
+        new[id(wrapper)] = base
+        wrapper.released()
+    replace_cells(model, new)
+    restore_blocks(model)
     for attribute in ("peft_config", "peft_routing"):
         if hasattr(model, attribute):
             delattr(model, attribute)
@@ -303,11 +338,25 @@ def _check_bias(model: nn.Cell, config: TargetedConfig, name: str) -> None:
     """Biases are trained in place, so two adapters cannot both have their own."""
     biases = [getattr(other, "bias", "none") for key, other in configs_of(model).items() if key != name]
     mine = getattr(config, "bias", "none")
+    if mine != "none" and getattr(config, "layer_replication", None):
+        raise ConfigError(f"bias={mine!r} does not go with layer_replication: repeated blocks share their biases.")
     if (biases and mine != "none") or any(bias != "none" for bias in biases):
         raise ConfigError(
             f"Only 1 adapter with bias is supported, got bias={mine!r} for {name!r} beside {biases}. "
             "When using multiple adapters, set bias to 'none' for all adapters."
         )
+
+
+def _check_extras(model: nn.Cell, extras: dict[str, Patch], taken: set[str]) -> None:
+    """A layer has one Patch of an adapter, and what is wrapped for its parameter is wrapped for nothing else."""
+    there = dict(wrappers(model))
+    for path, patch in extras.items():
+        wanted = ParameterLayer if patch.site.kind == "parameter" else TunerLayer
+        if path in taken or type(there.get(path, wanted)) not in (wanted, type):
+            raise ConfigError(
+                f"{path} is to be adapted twice: it is among target_modules or modules_to_save, or another adapter's, "
+                "and among trainable_token_indices or target_parameters. target_modules=[] adapts no layers."
+            )
 
 
 def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> None:
@@ -362,7 +411,7 @@ def lies_inside(path: str, others: Iterable[str]) -> bool:
     return any(path == other or path.startswith(other + ".") for other in others)
 
 
-def _held_ids(model: nn.Cell) -> set[int]:
+def held_ids(model: nn.Cell) -> set[int]:
     """Identities of all parameters that belong to adapters, not to the base model."""
     return {id(p) for _, w in wrappers(model) for cell in w.held().values() for p in cell.get_parameters()}
 

@@ -78,6 +78,9 @@ class Wrapper(nn.Cell):
         """Take one adapter out; without effect if it has nothing here."""
         raise NotImplementedError
 
+    def released(self) -> None:
+        """Undo what was done to the layer, when it takes its place again."""
+
     def activate(self, names: Iterable[str]) -> None:
         self.active = tuple(name for name in names if name in self.held())
 
@@ -245,6 +248,9 @@ class TunerLayer(Wrapper):
         than add. Elsewhere the adapter's own weights are kept, so that they may change in the meantime.
         """
         for name in names:
+            if self.adapters[name].rides:
+                self.backups[name] = {}
+                continue
             patch, w, b = self.adapters[name], *self.merged_into([name])
             self.backups[name] = patch.snapshot() if self._subtracts(patch) else self._copies()
             self._write_weight(w)
@@ -263,7 +269,7 @@ class TunerLayer(Wrapper):
         """Take all merged adapters out of the base weight again."""
         for name in reversed(list(self.backups)):
             patch, backup = self.adapters[name], self.backups.pop(name)
-            if self._subtracts(patch):
+            if self._subtracts(patch) and not patch.rides:
                 self._write_weight(self._full_weight() - patch.delta_of(backup))
             else:
                 for attribute, value in backup.items():

@@ -9,6 +9,7 @@ from mindspore import Tensor, nn
 
 from msft_peft.core.inject import configs_of
 from msft_peft.core.layer import TunerLayer, wrappers
+from msft_peft.core.parameter import ParameterLayer
 from msft_peft.core.routing import Routing, invocations, routing_of
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError
 
@@ -71,6 +72,8 @@ def check(roots: Sequence[nn.Cell], names: Sequence[str], x: Tensor | np.ndarray
         raise MergeError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
+    if any(isinstance(layer, ParameterLayer) for _, layer in wrappers(model)):
+        raise ConfigError("Cannot pass `adapter_names` with target_parameters: a parameter serves all rows at once.")
     biased = sorted(name for name, config in configs.items() if getattr(config, "bias", "none") != "none")
     if biased:
         raise ConfigError(

@@ -17,7 +17,8 @@ class Patch(nn.Cell):
     """The delta Cell of one adapter at one Site. It knows no adapter names and does no bookkeeping.
 
     A method writes `setup` and, if it is additive, `delta_weight`; the other hooks have defaults that follow from it.
-    The base layer's own weight and bias are `site.weight` and `site.bias`, in `setup` and in the hooks.
+    The base layer's own weight and bias are `site.weight` and `site.bias` in `setup`, and `base_weight()` and
+    `site.layer.bias` in the hooks.
 
     Attributes:
         site: where it sits.
@@ -25,10 +26,14 @@ class Patch(nn.Cell):
         keys: attribute of each weight -> its key in HF's files, below the layer's path.
         residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
             is given back when the adapter is taken out.
+        auxiliary: it is no update of a target layer, but something beside those.
+        rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
         invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
     """
 
     residual = False
+    auxiliary = False
+    rides = False
     invocation: tuple[int, ...] | None = None
 
     def __init__(self, site: Site, config: PeftConfig, autocast: bool = True) -> None:
@@ -44,15 +49,18 @@ class Patch(nn.Cell):
         """Declare the weights, and keep what the formula needs of `config`."""
         raise NotImplementedError
 
-    def weight(self, key: str, shape: tuple[int, ...], init: str | Initializer | np.ndarray) -> Parameter:
+    def weight(
+        self, key: str, shape: tuple[int, ...], init: str | Initializer | np.ndarray, attribute: str | None = None
+    ) -> Parameter:
         """A new trainable weight, under `key` in checkpoint files ("lora_A.weight").
 
         Args:
-            key: its key below the layer's path. The attribute that holds it is to be called `attribute_of(key)`.
+            key: its key below the layer's path.
             shape: in torch's layout.
             init: how to draw it, or its values.
+            attribute: the attribute that holds it; by default named after the key, lora_A or lora_B_bias.
         """
-        attribute = attribute_of(key)
+        attribute = attribute or key.removesuffix(".weight").replace(".", "_")
         self.keys[attribute] = key
         values = Tensor(init, self.dtype) if isinstance(init, np.ndarray) else initializer(init, shape, self.dtype)
         return Parameter(values, name=attribute)
@@ -85,6 +93,11 @@ class Patch(nn.Cell):
     def cast(self, x: Tensor) -> Tensor:
         """Give x the dtype of this Patch's weights."""
         return x if x.dtype == self.dtype else ops.cast(x, self.dtype)
+
+    def base_weight(self) -> Tensor:
+        """The base layer's own weight, in torch's layout and this Patch's dtype: for hooks, which may be compiled."""
+        # Not `site.weight`: a property of an object that is no Cell is a constant to compiled code.
+        return self.cast(self.site.from_storage(getattr(self.site.layer, self.site.weight_name)))
 
     def delta_weight(self) -> Tensor:
         """What an additive method adds to the base weight, in torch's layout."""
@@ -129,11 +142,6 @@ class Patch(nn.Cell):
     def additive(self) -> bool:
         """Whether all that this Patch does is to add `delta_weight` to the base weight."""
         return type(self).merged is Patch.merged
-
-
-def attribute_of(key: str) -> str:
-    """The attribute that holds a weight: "lora_A.weight" -> lora_A, "lora_B.bias" -> lora_B_bias."""
-    return key.removesuffix(".weight").replace(".", "_")
 
 
 def place_of(key: str) -> tuple[str, str]:

@@ -51,6 +51,8 @@ def resolve_targets(
     targets = config.target_modules
     if targets is None:
         model_type = str(model_config(model).get("model_type"))
+        if model_type not in method.default_targets and getattr(config, "target_parameters", None):
+            return []
         if model_type not in method.default_targets:
             raise ConfigError(
                 f"Please specify `target_modules` in `peft_config`: no default is known for {type(model).__name__} "
@@ -67,15 +69,17 @@ def resolve_targets(
 
 
 def match_targets(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> list[str]:
-    """The paths among `cells` that `config` targets, in network order; never empty.
+    """The paths among `cells` that `config` targets, in network order.
 
     Args:
-        config: its `target_modules` resolved (a list or a regex).
+        config: its `target_modules` resolved (a list or a regex). None are needed where it targets parameters.
         cells: every cell that could be meant, by dotted path.
 
     Raises:
         NoMatchingPeftModuleError: nothing matched (the nearest names are given), or all that did was excluded.
     """
+    if not config.target_modules and getattr(config, "target_parameters", None):
+        return []
     wanted = [path for path in cells if _is_wanted(config, path)]
     kept = [path for path in wanted if not _is_excluded(config, path)]
     if wanted and not kept:

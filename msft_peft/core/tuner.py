@@ -12,7 +12,8 @@ from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import inherit_mode, owners, replace_cells
 from msft_peft.config import PeftConfig
 from msft_peft.core import inject
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
+from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
+from msft_peft.core.patch import Patch
 from msft_peft.core.routing import invocations, routing_of
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
 from msft_peft.registry import method_of
@@ -285,10 +286,11 @@ class Tuner(nn.Cell):
             method = method_of(self.peft_config[name])
             if not method.merges:
                 raise MergeError(f"{method.name} adapters cannot be merged into the base weights: {name!r} is one.")
-        holders = owners(self.model)
+        holders, here = owners(self.model), dict(wrappers(self.model))
         for layer, new in plan:
             tied = holders[id(layer.weight)]
-            if new and len(tied) > 1:
+            sharing = [here.get(path.removesuffix(".base_layer")) for path in tied]
+            if len(tied) > 1 and not all(_knows_of_the_tie(sharing, name) for name in new):
                 raise MergeError(
                     f"The weight of {layer.site.path} is tied: {' and '.join(tied)} hold the same Parameter, and "
                     "merging an adapter of one would change the other too. Give one a copy first, or do not merge."
@@ -305,3 +307,10 @@ class Tuner(nn.Cell):
                     PeftWarning,
                     stacklevel=4,
                 )
+
+
+def _knows_of_the_tie(holders: list[Wrapper | None], name: str) -> bool:
+    """Whether all layers that share a weight have a Patch of the adapter, of which one merges for the others."""
+    patches = [w.held().get(name) if isinstance(w, TunerLayer) else None for w in holders]
+    known = [patch for patch in patches if isinstance(patch, Patch)]
+    return len(known) == len(patches) and sum(not patch.rides for patch in known) == 1

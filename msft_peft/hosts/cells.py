@@ -7,6 +7,7 @@ from typing import Any
 from mindspore import Parameter, Tensor, mint, nn, ops
 
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
+from msft_peft.backend.tree import get_child
 
 LINEAR = "dense"
 
@@ -17,9 +18,10 @@ class Site:
 
     Attributes:
         path: dotted path below the model's root.
-        kind: "dense", "embedding", "conv1d", "conv2d" or "conv3d".
+        kind: "dense", "embedding", "conv1d", "conv2d", "conv3d", or "parameter" for one that no layer applies.
         in_features, out_features: channels; for an embedding, the vocabulary and the dimension.
-        shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...).
+        shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...); a
+            parameter's own.
         dtype: the weight's dtype.
         op: applies a weight of that layout as the layer applies its own, see `backend.ops`.
         layer: the Cell itself. A Site is no Cell, so nothing below it shows up twice in the tree; compiled code reads
@@ -50,11 +52,12 @@ class Site:
     @property
     def weight(self) -> Parameter:
         """The layer's own weight, as stored."""
-        return getattr(self.layer, self.weight_name)
+        # Past attribute access, which may give an adapted weight, see `core.parameter`.
+        return self.layer._params[self.weight_name]
 
     @property
     def bias(self) -> Parameter | None:
-        """The layer's own bias, if it has one."""
+        """The layer's own bias, if it has one. Where it may be trained, compiled code must read `layer.bias`."""
         return getattr(self.layer, "bias", None)
 
     def from_storage(self, w: Tensor) -> Tensor:
@@ -139,6 +142,16 @@ def describe(cell: nn.Cell, path: str) -> Site | None:
     if type(cell).__name__ == "Conv1D" and hasattr(cell, "nf") and len(cell.weight.shape) == 2:
         return _transposed_dense(cell, path)
     return None
+
+
+def parameter_site(model: nn.Cell, owner: str, name: str) -> Site:
+    """The Site that the parameter `name` of the cell at path `owner` is, adapters on it or not."""
+    layer = get_child(model, owner)
+    while "base_layer" in layer._cells and name not in layer._params:
+        layer = layer._cells["base_layer"]
+    p = layer._params[name]
+    rows, columns = (1, 1, *p.shape)[-2:]
+    return Site(owner, "parameter", columns, rows, tuple(p.shape), p.dtype, DenseOp(), layer, weight_name=name)
 
 
 def model_config(model: nn.Cell) -> dict[str, Any]:

@@ -383,7 +383,7 @@ class PeftModel(nn.Cell):
                 )
             return found
         targeted = {
-            key: named for key, named in found.items() if key.removesuffix(".base_layer.weight") in adapter.patches
+            key: named for key, named in found.items() if key.removesuffix(".base_layer.weight") in adapter.targets
         }
         if targeted:
             warnings.warn(

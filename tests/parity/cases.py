@@ -97,6 +97,20 @@ CASES = {
         case("blocks_seq_cls", "blocks", "v_proj", task_type="SEQ_CLS"),
         case("blocks_token_cls_bias", "blocks", "up", "down", task_type="TOKEN_CLS", bias="lora_only", r=2),
         case("blocks_feature", "blocks", "k_proj", "embed_tokens", task_type="FEATURE_EXTRACTION"),
+        case("dora", "mlp", "lin0", "lin1", "out", use_dora=True),
+        case("dora_dropout_rslora", "mlp", "lin0", use_dora=True, use_rslora=True, bias="all", lora_dropout=0.5),
+        case("dora_init_false", "mlp", "lin1", use_dora=True, init_lora_weights=False),
+        case("dora_embedding", "embedding", "emb", "lin", use_dora=True),
+        case("dora_conv1d", "conv1d", "conv0", use_dora=True),
+        case("dora_conv2d", "conv2d", "conv0", use_dora=True),
+        case("dora_conv3d", "conv3d", "conv0", use_dora=True),
+        case("dora_hf_conv1d", "gpt2", "c_attn", "c_proj", use_dora=True, fan_in_fan_out=True),
+        case("lora_bias", "mlp", "lin0", "out", lora_bias=True, lora_alpha=9),
+        case("lora_bias_conv2d", "conv2d", "conv0", lora_bias=True),
+        case("tokens", "blocks", "q_proj", trainable_token_indices=[7, 2, 12]),
+        case("tokens_by_name", "blocks", "q_proj", trainable_token_indices={"embed_tokens": [3], "v_proj": [1, 0]}),
+        case("parameters", "experts", "gate", target_parameters=["pool.second", "first"], r=2),
+        case("parameters_alone", "experts", target_parameters=["gate.weight", "pool.second"], target_modules=[], r=3),
     ]
 }
 
@@ -109,6 +123,7 @@ _SHAPES = {
     "conv2d_same": (2, 3, 6, 5),
     "conv3d": (2, 4, 3, 5, 4),
     "gpt2": (2, 3, 6),
+    "experts": (3, 6),
 }
 _TOKENS = {"embedding": 11, "blocks": 13}
 
@@ -164,4 +179,5 @@ def make_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> n
 def file_key(name: str, adapter: str = "default") -> str:
     """A parameter's key in HF's adapter files, from its name in a model that holds the adapter."""
     parts = [part for part in name.split(".") if part not in (adapter, "modules_to_save")]
-    return ".".join(parts)
+    # HF holds this vector in a module of its own, and leaves that out of the file.
+    return ".".join(parts).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")

@@ -160,6 +160,32 @@ class Blocks(nn.Cell):
         return self.classifier(self.norm(x).mean(1))
 
 
+class Pool(nn.Cell):
+    """Three experts, each two matrices in a stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = Parameter(ms.Tensor(np.zeros((3, 6, 5), np.float32)), name="first")
+        self.second = Parameter(ms.Tensor(np.zeros((3, 5, 4), np.float32)), name="second")
+
+    def construct(self, x):
+        return ops.bmm(swish(ops.bmm(x, self.first)), self.second)
+
+
+class Experts(nn.Cell):
+    """All experts, mixed by a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Dense(6, 3)
+        self.pool = Pool()
+
+    def construct(self, x):
+        shares = ops.transpose(ops.sigmoid(self.gate(x)), (1, 0))
+        every = self.pool(ops.tile(ops.expand_dims(x, 0), (3, 1, 1)))
+        return (every * ops.expand_dims(shares, 2)).sum(0)
+
+
 NETS = {
     "mlp": Mlp,
     "dense_activation": DenseActivation,
@@ -171,4 +197,5 @@ NETS = {
     "conv3d": Conv3dNet,
     "gpt2": Gpt2Net,
     "blocks": Blocks,
+    "experts": Experts,
 }

@@ -138,6 +138,27 @@ class Blocks(nn.Module):
         return self.classifier(self.norm(x).mean(1))
 
 
+class Pool(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(3, 6, 5))
+        self.second = nn.Parameter(torch.zeros(3, 5, 4))
+
+    def forward(self, x):
+        return torch.bmm(swish(torch.bmm(x, self.first)), self.second)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(6, 3)
+        self.pool = Pool()
+
+    def forward(self, x):
+        shares = torch.sigmoid(self.gate(x)).T
+        return (self.pool(x.expand(3, -1, -1)) * shares.unsqueeze(2)).sum(0)
+
+
 NETS = {
     "mlp": Mlp,
     "dense_activation": DenseActivation,
@@ -149,4 +170,5 @@ NETS = {
     "conv3d": Conv3dNet,
     "gpt2": Gpt2Net,
     "blocks": Blocks,
+    "experts": Experts,
 }

@@ -84,6 +84,13 @@ MODELS = {
     ),
     "llama_tied": causal("Llama", {"tie_word_embeddings": True}, target_modules=["o_proj"]),
     "llama_layer": causal("Llama", target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers"),
+    "llama_tokens": causal(
+        "Llama", {"tie_word_embeddings": True}, target_modules=["q_proj"], trainable_token_indices=[5, 24, 11]
+    ),
+    "llama_dora": causal("Llama", target_modules=["q_proj", "down_proj"], use_dora=True),
+    "llama_replicated": causal("Llama", target_modules=["v_proj", "up_proj"], layer_replication=[(0, 2), (0, 1)]),
+    # The first text of the batch invokes it at its third token, the second one does not.
+    "llama_alora": causal("Llama", target_modules=["q_proj", "o_proj"], alora_invocation_tokens=[5, 11]),
     "mistral": causal("Mistral", {"sliding_window": 3}),
     "qwen2": causal("Qwen2", bias="all"),
     "qwen3": causal("Qwen3", {"head_dim": 6}),
@@ -94,7 +101,19 @@ MODELS = {
     "bert_qa": bert("QuestionAnswering", task_type="QUESTION_ANS"),
     "bert_plain": bert("SequenceClassification", target_modules=["query", "key"], modules_to_save=["classifier"]),
 }
-COMPILED = ["llama_all_linear", "llama_embeddings", "llama_heads", "mistral", "qwen2", "qwen3", "llama_seq_cls"]
+COMPILED = [
+    "llama_tokens",
+    "llama_dora",
+    "llama_replicated",
+    "llama_alora",
+    "llama_all_linear",
+    "llama_embeddings",
+    "llama_heads",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "llama_seq_cls",
+]
 COMPILED += ["bert_seq_cls", "bert_token_cls", "bert_qa"]
 each_model = pytest.mark.parametrize("name", list(MODELS))
 
@@ -276,7 +295,11 @@ def test_the_same_config_and_keys(name, checkpoints, tmp_path):
 def layers(model, layer_class) -> dict[str, tuple[int, float]]:
     tree = model.base_model.model
     walk = tree.named_modules() if isinstance(tree, torch.nn.Module) else tree.cells_and_names()
-    return {path: (m.r["default"], m.scaling["default"]) for path, m in walk if isinstance(m, layer_class)}
+    return {
+        path: (m.r["default"], m.scaling["default"])
+        for path, m in walk
+        if isinstance(m, layer_class) and hasattr(m, "r")
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "bert_plain"])
@@ -311,7 +334,7 @@ def test_files_that_carry_the_embeddings(name, checkpoints, tmp_path):
     same("model output", hf_numbers(again, name)[1], wanted)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3", "llama_embeddings"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3", "llama_embeddings", "llama_tokens", "llama_dora"])
 def test_greedy_generation(name, checkpoints, tmp_path):
     """The same tokens with the adapter, without it, and with it merged."""
     check_generation(name, checkpoints(name), tmp_path)
@@ -347,3 +370,49 @@ def check_generation(name: str, folder: Path, tmp_path: Path) -> None:
     hf.merge_adapter()
     mine.merge_adapter()
     np.testing.assert_array_equal(tokens(), adapted)
+
+
+@pytest.mark.parametrize("name", ["llama_alora", "llama_replicated"])
+def test_greedy_generation_with_what_cannot_be_merged(name, mode, checkpoints, tmp_path):
+    """The first text has the invocation in it, the second ends with it, the third has none."""
+    folder = checkpoints(name)
+    hf = hf_adapter(name, folder)
+    hf.save_pretrained(tmp_path)
+    mine = PeftModel.from_pretrained(our_base(name, folder), tmp_path)
+    ids = np.array([[9, 5, 11, 7, 5, 9], [5, 11, 3, 3, 5, 11], [4, 11, 5, 9, 8, 6]], np.int32)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        inputs = torch.tensor(ids).long()
+        wanted = hf.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **settings).numpy()
+    np.testing.assert_array_equal(mine.generate(ms.Tensor(ids), **settings).asnumpy(), wanted)
+
+
+def test_a_batch_divided_among_adapters(mode, checkpoints, tmp_path):
+    """`adapter_names`: forward and generation, plain adapters and an activated one beside the base, as HF has them."""
+    folder = checkpoints("llama")
+    configs = {"x": {"target_modules": ["q_proj", "embed_tokens"]}, "y": {"target_modules": ["down_proj"], "r": 2}}
+    configs["z"] = {"target_modules": ["q_proj"], "alora_invocation_tokens": [5, 11]}
+    hf = None
+    for seed, (adapter, config) in enumerate(configs.items()):
+        config = HfLoraConfig(task_type="CAUSAL_LM", **config)
+        if hf is None:
+            hf = hf_get_peft_model(hf_base("llama", folder), config, adapter_name=adapter)
+        else:
+            hf.add_adapter(adapter, config)
+        rng = np.random.default_rng(seed)
+        for key, p in hf.named_parameters():
+            if adapter in key.split("."):
+                p.data = torch.tensor(make_weight(key, tuple(p.shape), rng))
+    save_hf(hf.eval(), "llama_embeddings", tmp_path)
+    mine = PeftModel.from_pretrained(our_base("llama", folder), tmp_path / "x", adapter_name="x")
+    for adapter in "yz":
+        mine.load_adapter(tmp_path / adapter, adapter)
+    ids = np.array([[9, 5, 11, 7, 5], [5, 11, 3, 5, 11], [4, 11, 5, 9, 8], [9, 5, 11, 7, 5]], np.int32)
+    for names in (["x", "z", "__base__", "y"], ["z", "y", "x", "z"]):
+        inputs = {"input_ids": torch.tensor(ids).long(), "adapter_names": names}
+        with torch.no_grad():
+            wanted = hf(**inputs)["logits"].numpy()
+            tokens = hf.generate(**inputs, attention_mask=torch.ones(4, 5), max_new_tokens=4, do_sample=False).numpy()
+        same("model output", mine(ms.Tensor(ids), adapter_names=names)["logits"].asnumpy(), wanted)
+        found = mine.generate(ms.Tensor(ids), adapter_names=names, max_new_tokens=4, do_sample=False)
+        np.testing.assert_array_equal(found.asnumpy(), tokens)

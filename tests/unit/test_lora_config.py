@@ -103,8 +103,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 NOT_BUILT = (
-    "megatron_config trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora "
-    "velora_config alora_invocation_tokens use_qalora monteclora_config layer_replication lora_bias target_parameters "
+    "megatron_config loftq_config eva_config corda_config lora_ga_config velora_config use_qalora monteclora_config "
     "use_bdlora arrow_config kasa_config ensure_weight_tying"
 ).split()
 

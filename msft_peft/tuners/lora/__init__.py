@@ -3,6 +3,7 @@
 from msft_peft.registry import Method
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
 from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
+from msft_peft.tuners.lora.extras import extra_patches
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 
 __all__ = ["METHOD", "LoraConfig", "LoraEmbeddingPatch", "LoraPatch", "LoraRuntimeConfig"]
@@ -40,4 +41,5 @@ METHOD = Method(
     default_targets={kind: list(targets) for targets, kinds in _DEFAULT_TARGETS.items() for kind in kinds}
     | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"},
     mixed=True,
+    extras=extra_patches,
 )

@@ -40,6 +40,12 @@ class LoraConfig(TargetedConfig):
         rank_pattern, alpha_pattern: a layer's path, its end or a regex for either -> its own r or lora_alpha.
         bias: "none", "all" or "lora_only": which biases of the base model are trained, in place.
         fan_in_fan_out: the layers store (in, out); corrected, with a warning, where the layer says otherwise.
+        trainable_token_indices: rows of the input embedding (or {layer's name: rows}) to train beside; see
+            `tuners/trainable_tokens.py`. An output layer tied to it follows.
+        target_parameters: names of parameters to update that no layer applies, a mixture's experts for instance; see
+            `parameter.py`.
+        layer_replication: [start, end) ranges of the blocks that the model is to have instead of its own, over the
+            same weights, each with an adapter of its own; such a model cannot be merged.
         use_dora: learn a magnitude for each output beside the direction; see `dora.py`.
         lora_bias: B has a bias, which is scaled like its product; not for embeddings.
         alora_invocation_tokens: the adapter acts from the last occurrence of these token ids on, and before them the
@@ -49,8 +55,8 @@ class LoraConfig(TargetedConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     The other fields are HF's, for options that are not built yet: megatron_config, megatron_core,
-    trainable_token_indices, loftq_config, eva_config, corda_config, lora_ga_config, velora_config, use_qalora,
-    qalora_group_size, monteclora_config, layer_replication, runtime_config, target_parameters, use_bdlora,
+    loftq_config, eva_config, corda_config, lora_ga_config, velora_config, use_qalora,
+    qalora_group_size, monteclora_config, runtime_config, use_bdlora,
     arrow_config, kasa_config, ensure_weight_tying.
 
     Raises:
@@ -179,7 +185,6 @@ class LoraConfig(TargetedConfig):
 _NOT_BUILT = frozenset(
     {
         "megatron_config",
-        "trainable_token_indices",
         "loftq_config",
         "eva_config",
         "corda_config",
@@ -187,9 +192,7 @@ _NOT_BUILT = frozenset(
         "velora_config",
         "use_qalora",
         "monteclora_config",
-        "layer_replication",
         "runtime_config",
-        "target_parameters",
         "use_bdlora",
         "arrow_config",
         "kasa_config",

@@ -25,6 +25,7 @@ class DoraPatch(LoraPatch):
 
     def setup(self, site: Site, config: LoraConfig) -> None:
         super().setup(site, config)
+        self.biased = site.bias is not None
         spatial = (1,) * (len(site.shape) - 2)
         self._set_magnitude((1, site.out_features, *spatial) if spatial else (site.out_features,))
 
@@ -36,9 +37,6 @@ class DoraPatch(LoraPatch):
         """(W, A, B) as matrices (out, in), (r, in), (out, r)."""
         w = ops.reshape(self.base_weight(), (self.site.out_features, -1))
         return w, ops.reshape(self.lora_A, (self.r, -1)), ops.reshape(self.lora_B, (-1, self.r))
-
-    def base_weight(self) -> Tensor:
-        return self.cast(self.site.from_storage(self.site.weight))
 
     def norm(self) -> Tensor:
         """(out,): the lengths of the rows of W + s·B·A."""
@@ -61,7 +59,7 @@ class DoraPatch(LoraPatch):
             x = self.lora_dropout(x)
             linear = self.op(x, self.base_weight())
         else:
-            linear = y if self.site.bias is None else ops.sub(y, self.per_channel(self.site.bias))
+            linear = ops.sub(y, self.per_channel(self.site.layer.bias)) if self.biased else y
         return ops.add(y, ops.add(ops.mul(linear, stretch - 1), ops.mul(self.update(x), stretch)))
 
     def merged(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -35,7 +35,7 @@ class LoraPatch(Patch):
         shape_a = (self.r, site.in_features, *kernel)
         shape_b = (site.out_features, self.r // site.groups, *(1 for _ in kernel))
         self.lora_A = self.weight("lora_A.weight", shape_a, self.init_of_a(config))
-        self.lora_B = self.weight("lora_B.weight", shape_b, "zeros" if config.init else _he_uniform())
+        self.lora_B = self.weight("lora_B.weight", shape_b, "zeros" if config.init else he_uniform())
         if config.lora_bias:
             self.lora_B_bias = self.weight("lora_B.bias", (site.out_features,), "zeros")
         self.has_bias, self.drops = config.lora_bias, config.lora_dropout > 0
@@ -50,7 +50,7 @@ class LoraPatch(Patch):
             self.invocation = tuple(config.alora_invocation_tokens)
 
     def init_of_a(self, config: LoraConfig) -> Initializer:
-        return Normal(1 / self.r) if config.init == "gaussian" else _he_uniform()
+        return Normal(1 / self.r) if config.init == "gaussian" else he_uniform()
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         # Two thin products instead of one thick; the scaling goes where the tensor is thinnest.
@@ -122,5 +122,6 @@ class LoraEmbeddingPatch(LoraPatch):
         return ops.mul(ops.transpose(delta, (1, 0)), self.scaling)
 
 
-def _he_uniform() -> Initializer:
+def he_uniform() -> Initializer:
+    """How torch draws the weights of a linear layer."""
     return HeUniform(negative_slope=math.sqrt(5))

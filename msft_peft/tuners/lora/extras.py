@@ -1,0 +1,121 @@
+"""What a LoRA adapter may have beside its target layers: trainable tokens, and updates of single parameters."""
+
+import re
+from collections.abc import Mapping
+
+from mindspore import nn
+
+from msft_peft.backend.tree import named_parameters
+from msft_peft.core.inject import configs_of, held_ids
+from msft_peft.core.layer import site_of
+from msft_peft.core.patch import Patch
+from msft_peft.core.targets import matches_name
+from msft_peft.errors import ConfigError, NoMatchingPeftModuleError
+from msft_peft.hosts import Site, input_table, output_head, parameter_site
+from msft_peft.tuners.lora.config import LoraConfig
+from msft_peft.tuners.lora.parameter import LoraParameterPatch
+from msft_peft.tuners.trainable_tokens import DELTA, TiedTokensPatch, TokensPatch
+
+# Where HF's LoRA keeps them below the layer.
+TOKEN_KEY = f"token_adapter.{DELTA}"
+
+
+def extra_patches(
+    model: nn.Cell, config: LoraConfig, cells: Mapping[str, nn.Cell], autocast: bool
+) -> dict[str, Patch]:
+    """The Patches beside those at the target layers, by path.
+
+    Raises:
+        NoMatchingPeftModuleError: a name matches nothing.
+        ConfigError: what is named is no place for them.
+    """
+    return token_patches(model, config, cells, autocast) | parameter_patches(model, config, autocast)
+
+
+def token_patches(
+    model: nn.Cell, config: LoraConfig, cells: Mapping[str, nn.Cell], autocast: bool
+) -> dict[str, Patch]:
+    """Those of `trainable_token_indices`; a layer tied to one of them follows it."""
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}
+    paths = {id(cell): path for path, cell in cells.items()}
+    table = input_table(model)
+    if not isinstance(wanted, dict):
+        wanted = {paths[id(table)] if table is not None else "embed_tokens": wanted}
+    found: dict[str, Patch] = {}
+    for name, indices in wanted.items():
+        hits = [path for path in cells if matches_name(path, [name])]
+        if not hits:
+            raise NoMatchingPeftModuleError(
+                f"trainable_token_indices: {name!r} matches none of the base model's {len(cells)} modules. If the "
+                "embedding has another name, pass {'its name': [indices]}."
+            )
+        for path in hits:
+            found[path] = TokensPatch(_rows_of(cells[path], path), config, autocast, indices, TOKEN_KEY)
+    tied = [cell for cell in (table, output_head(model)) if cell is not None]
+    if len(tied) == 2 and _weight(tied[0]) is _weight(tied[1]):
+        source, head = (paths[id(cell)] for cell in tied)
+        same = head in found and source in found and found[head].place == found[source].place
+        if source in found and (head not in found or same):
+            found[head] = TiedTokensPatch(_rows_of(tied[1], head), config, autocast, found[source])
+        elif head in found and source in found and config.ensure_weight_tying:
+            raise ConfigError(
+                "Cannot ensure weight tying when different token indices are specified for tied layers: "
+                f"{source} and {head}. Use the same indices, or set ensure_weight_tying=False."
+            )
+    return found
+
+
+def _weight(cell: nn.Cell) -> object:
+    site = site_of(cell, "")
+    return None if site is None else site.weight
+
+
+def _rows_of(cell: nn.Cell, path: str) -> Site:
+    site = site_of(cell, path)
+    if site is None or site.kind not in ("embedding", "dense") or site.transposed:
+        raise ConfigError(
+            f"trainable_token_indices cannot be applied to {path} ({type(cell).__name__}): only embeddings and dense "
+            "layers have rows of tokens."
+        )
+    return site
+
+
+def parameter_patches(model: nn.Cell, config: LoraConfig, autocast: bool) -> dict[str, Patch]:
+    """Those of `target_parameters`. Several in one module are wrapped around each other, the first one innermost."""
+    wanted = config.target_parameters
+    _check_same_parameters(model, wanted)
+    held = held_ids(model)
+    own = [entry for entry in named_parameters(model) if wanted and id(entry.parameter) not in held]
+    named = {re.sub(r"(\.base_layer)+\.", ".", entry.key): entry for entry in own}
+    found: dict[str, Patch] = {}
+    for key, entry in named.items():
+        if not matches_name(key, wanted or []):
+            continue
+        owner, _, _ = key.rpartition(".")
+        if not owner:
+            raise ConfigError(f"Targeting a parameter of the top-level module is not supported ({key!r}).")
+        site = parameter_site(model, owner, entry.local.rpartition(".")[2])
+        # What stands there already moves one level in.
+        here = [path for path in found if path.split(".base_layer")[0] == owner]
+        found |= {f"{path}.base_layer": found.pop(path) for path in sorted(here, key=len, reverse=True)}
+        found[owner] = LoraParameterPatch(site, config, autocast)
+    unmatched = [name for name in wanted or [] if not any(matches_name(key, [name]) for key in named)]
+    if unmatched:
+        raise NoMatchingPeftModuleError(
+            f"target_parameters={wanted!r}: {unmatched} match none of the base model's parameters. Please check the "
+            "names; each must be a parameter's whole path or the end of one from a dot on."
+        )
+    return found
+
+
+def _check_same_parameters(model: nn.Cell, wanted: list[str] | None) -> None:
+    for name, other in configs_of(model).items():
+        theirs = getattr(other, "target_parameters", None)
+        if sorted(theirs or []) != sorted(wanted or []):
+            raise ConfigError(
+                "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                f"parameters, but got {sorted(wanted or [])} for the new adapter and {sorted(theirs or [])} for "
+                f"adapter '{name}'."
+            )

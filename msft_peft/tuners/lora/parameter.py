@@ -1,0 +1,42 @@
+"""LoRA on a parameter itself, for modules that are no layers: a mixture's experts in one stack of matrices."""
+
+from mindspore import Tensor, ops
+
+from msft_peft.errors import ConfigError
+from msft_peft.hosts import Site
+from msft_peft.tuners.lora.config import LoraConfig
+from msft_peft.tuners.lora.patch import LoraPatch, he_uniform
+
+
+class LoraParameterPatch(LoraPatch):
+    """Low-rank update of a matrix, or of each matrix in a stack: W'[e] = W[e] + s·B[e]·A[e].
+
+    Weights, for a parameter (experts, out, in) (or (out, in), with one expert):
+        lora_A (r·experts, in): experts one after the other.
+        lora_B (out, r·experts): experts take turns.
+
+    Source: HF peft's `target_parameters`.
+    """
+
+    def setup(self, site: Site, config: LoraConfig) -> None:
+        for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
+            if getattr(config, name):
+                raise ConfigError(
+                    f"target_parameters does not work with {name}={getattr(config, name)!r}: {site.path}"
+                )
+        if len(site.shape) not in (2, 3):
+            raise ConfigError(
+                f"target_parameters: {site.path}.{site.weight_name} has the shape {site.shape}, but only matrices and "
+                "stacks of matrices (2 or 3 dimensions) can have a low-rank update."
+            )
+        self.hyperparameters(site, config)
+        self.experts = site.shape[0] if len(site.shape) == 3 else 1
+        rank = self.r * self.experts
+        self.lora_A = self.weight("lora_A.weight", (rank, site.in_features), self.init_of_a(config))
+        self.lora_B = self.weight("lora_B.weight", (site.out_features, rank), "zeros" if config.init else he_uniform())
+        self.has_bias = False
+
+    def delta_weight(self) -> Tensor:
+        a = ops.reshape(self.lora_A, (self.experts, self.r, -1))
+        b = ops.transpose(ops.reshape(self.lora_B, (-1, self.r, self.experts)), (2, 0, 1))
+        return ops.reshape(ops.mul(ops.bmm(b, a), self.scaling), self.site.shape)
