@@ -241,21 +241,23 @@ class TunerLayer(Wrapper):
         return w, b
 
     def merge(self, names: Iterable[str]) -> None:
-        """Fold adapters into the base weight, in place.
+        """Fold adapters into the base weight, in place; the weight is written once.
 
         Cost: one weight-sized temporary in float32. A copy of the weight is kept on the host until `unmerge` where
         subtracting the deltas would not give its very bits back: in half precision, and for methods that do more
         than add. Elsewhere the adapter's own weights are kept, so that they may change in the meantime.
         """
+        w, b = self.merged_into(())
         for name in names:
-            if self.adapters[name].rides:
+            patch = self.adapters[name]
+            if patch.rides:
                 self.backups[name] = {}
                 continue
-            patch, w, b = self.adapters[name], *self.merged_into([name])
-            self.backups[name] = patch.snapshot() if self._subtracts(patch) else self._copies()
-            self._write_weight(w)
-            if b is not None:
-                write(self.site.bias, b)
+            self.backups[name] = patch.snapshot() if self._subtracts(patch) else self._stored(w, b)
+            w, b = patch.merged(w, b)
+        self._write_weight(w)
+        if b is not None:
+            write(self.site.bias, b)
         self._switch()
 
     def merge_for_good(self, names: Iterable[str]) -> None:
@@ -279,15 +281,22 @@ class TunerLayer(Wrapper):
     def _subtracts(self, patch: Patch) -> bool:
         return patch.additive and self.site.weight.dtype not in HALF_DTYPES
 
-    def _copies(self) -> dict[str, np.ndarray]:
-        """Copies of the layer's own weight and bias."""
-        own = {"weight": self.site.weight, "bias": self.site.bias}
-        return {attribute: to_numpy(p).copy() for attribute, p in own.items() if p is not None}
+    def _stored(self, w: Tensor, b: Tensor | None) -> dict[str, np.ndarray]:
+        """Copies of a weight and a bias, as the layer stores them."""
+        parts = [("weight", self.site.weight, self.site.to_storage(w, tuple(self.site.weight.shape)))]
+        if b is not None:
+            parts.append(("bias", self.site.bias, b))
+        return {attribute: to_numpy(ops.cast(value, p.dtype)).copy() for attribute, p, value in parts}
 
     def check_merge(self, names: Iterable[str], finite: bool) -> None:
         """Raise MergeError if one of these cannot be merged or, with `finite`, would write a NaN or an infinity."""
         for name in names:
             self.adapters[name].check_mergeable()
+            if self.backups and self.adapters[name].reads_base:
+                raise MergeError(
+                    f"Adapter {name} depends on the base weight of {self.site.path}, into which "
+                    f"{list(self.backups)} are merged: unmerge them first, and merge all of them in one call."
+                )
             parts = self.merged_into([name]) if finite else ()
             stored = [as_float32(to_numpy(ops.cast(p, self.site.dtype))) for p in parts if p is not None]
             if not all(np.isfinite(array).all() for array in stored):

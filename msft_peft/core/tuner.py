@@ -202,6 +202,7 @@ class Tuner(nn.Cell):
         if already and not any(new for _, new in plan):
             warnings.warn("All adapters are already merged, nothing to do.", PeftWarning, stacklevel=2)
             return
+        self._check_merge(plan, safe_merge)
         if already:
             fresh = sorted({name for _, new in plan for name in new})
             warnings.warn(
@@ -210,7 +211,6 @@ class Tuner(nn.Cell):
                 PeftWarning,
                 stacklevel=2,
             )
-        self._check_merge(plan, safe_merge)
         for layer, new in plan:
             layer.merge(new)
         drop_compiled()

@@ -29,6 +29,7 @@ class Case:
         trains: the base model's own parameters that are trained in place (biases).
         identity: False if these settings change the outputs at once, whatever the method's default.
         merges: False if a layer here cannot be merged, though the method can.
+        life: it is also tested on what does not depend on the kind of layer: files, switches, failures.
         method: filled in by `all_cases`.
     """
 
@@ -40,6 +41,7 @@ class Case:
     trains: tuple[str, ...] = ()
     identity: bool = True
     merges: bool = True
+    life: bool = False
     method: Method = field(default=None, repr=False)  # type: ignore[assignment]
 
     @property
@@ -78,6 +80,11 @@ def all_cases() -> list[Case]:
     ]
 
 
+def life_cases() -> list[Case]:
+    """Some cases of each method, for what depends on its bookkeeping and not on the kinds of layers."""
+    return [case for case in all_cases() if case.life]
+
+
 def first_cases() -> list[Case]:
     """One plain case of each method, for what does not depend on the layers."""
     return list({case.method.name: case for case in reversed(all_cases())}.values())
@@ -97,6 +104,11 @@ def weights_of(model: nn.Cell, adapter: str) -> list[Parameter]:
 def layers_of(model: nn.Cell) -> list[TunerLayer]:
     """The adapted layers, in network order."""
     return [cell for _, cell in model.cells_and_names() if isinstance(cell, TunerLayer)]
+
+
+def act_in_turn(model: nn.Cell) -> bool:
+    """Whether the order of several active adapters matters: one of them rescales what the others did."""
+    return any(patch.reads_base for layer in layers_of(model) for patch in layer.adapters.values())
 
 
 def state_of(net: nn.Cell) -> dict[str, Any]:

@@ -23,6 +23,8 @@ class DoraPatch(LoraPatch):
     s²·B·(A·Aᵀ)·B, so that no second matrix of W's size is made.
     """
 
+    reads_base = True
+
     def setup(self, site: Site, config: LoraConfig) -> None:
         super().setup(site, config)
         self.biased = site.bias is not None
