@@ -13,6 +13,14 @@ from msft_peft.errors import (
     PeftError,
     PeftWarning,
 )
+from msft_peft.io.load import LoadReport
+from msft_peft.io.state import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from msft_peft.model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -36,6 +44,7 @@ __all__ = [
     "AdapterNameError",
     "ConfigError",
     "LoadError",
+    "LoadReport",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
@@ -54,7 +63,12 @@ __all__ = [
     "PeftWarning",
     "TaskType",
     "Tuner",
+    "get_base_model_state_dict",
     "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "load_peft_weights",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
 ]

@@ -1,9 +1,13 @@
 """Surgery on trees of Cells, and the names that parameters bear afterwards."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 from mindspore import Parameter, nn
+
+from msft_peft.backend.arrays import to_numpy, write
 
 # MindSpore's local parameter names -> those of torch modules, which checkpoint files speak.
 _TORCH_NAMES = {
@@ -70,12 +74,45 @@ def torch_shape(owner: nn.Cell, local: str, shape: tuple[int, ...]) -> tuple[int
 
 
 class Named(NamedTuple):
-    """A parameter, and how torch's files and MindSpore's name it below some root."""
+    """A parameter, and how torch's files and MindSpore's name it below some root.
+
+    Attributes:
+        key, shape: its name and shape in torch's files.
+        local: its path here.
+        parameter: what holds it. It may be larger than `shape` says: then each of its `blocks` equal parts along the
+            first axis begins with the numbers that count, and the rest are zeros (ranks padded for hot swapping).
+    """
 
     key: str
     local: str
     parameter: Parameter
     shape: tuple[int, ...]
+    blocks: int = 1
+
+    def read(self) -> np.ndarray:
+        """The numbers in `shape`; a view where nothing is padded."""
+        stored = to_numpy(self.parameter)
+        if stored.size == math.prod(self.shape):
+            return stored.reshape(self.shape)
+        return np.ascontiguousarray(self._framed(stored)[self._corner()]).reshape(self.shape)
+
+    def write(self, array: np.ndarray) -> None:
+        """Write numbers of `shape`, in place."""
+        if self.parameter.size == math.prod(self.shape):
+            write(self.parameter, array.reshape(self.parameter.shape))
+            return
+        stored = np.zeros(self.parameter.shape, array.dtype)
+        self._framed(stored)[self._corner()] = array.reshape(self._split(self.shape))
+        write(self.parameter, stored)
+
+    def _split(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.blocks, shape[0] // self.blocks, *shape[1:])
+
+    def _framed(self, stored: np.ndarray) -> np.ndarray:
+        return stored.reshape(self._split(stored.shape))
+
+    def _corner(self) -> tuple[slice, ...]:
+        return tuple(slice(size) for size in self._split(self.shape))
 
 
 def named_parameters(root: nn.Cell, prefix: str = "") -> Iterator[Named]:

@@ -11,6 +11,7 @@ from mindspore import Parameter, nn
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import Named, get_child, named_parameters, refresh_names, replace_cells
 from msft_peft.config import PeftConfig, TargetedConfig
+from msft_peft.core.keys import narrowed
 from msft_peft.core.layer import (
     ModulesToSaveWrapper,
     TunerLayer,
@@ -66,7 +67,8 @@ class Adapter:
             for attribute, suffix in patch.keys.items():
                 p, (place, rest) = getattr(patch, attribute), place_of(suffix)
                 local = ".".join(part for part in (path, place, self.name, rest) if part)
-                found[f"{path}.{suffix}"] = Named(f"{path}.{suffix}", local, p, tuple(p.shape))
+                key, shape = f"{path}.{suffix}", patch.shape_of(attribute)
+                found[key] = Named(key, local, p, shape, patch.blocks_of(attribute))
         for path, module in self.modules.items():
             for named in named_parameters(module):
                 key, local = f"{path}.{named.key}", f"{path}.modules_to_save.{self.name}.{named.local}"
@@ -109,7 +111,9 @@ def adapter_in(model: nn.Cell, name: str) -> Adapter:
     return Adapter(name, configs_of(model)[name], patches, modules)
 
 
-def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True) -> Adapter:
+def prepare(
+    model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True, low_cpu_mem_usage: bool = False
+) -> Adapter:
     """Build everything that an adapter needs, outside the model, which stays as it is.
 
     Args:
@@ -117,6 +121,7 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
         config: what to build; it is copied, and the copy's targets are resolved.
         name: the adapter's name.
         autocast: keep the weights in float32 where the base is in half precision.
+        low_cpu_mem_usage: draw no random weights, since they are about to be loaded; until then they are NaN.
 
     Raises:
         AdapterNameError: not a name for an adapter.
@@ -139,7 +144,9 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     modules = _modules_to_save(config, cells)
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
-    patches = {path: classes[site.kind](site, config, autocast) for path, site in sites.items()}
+    patches = {
+        path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()
+    }
     if method.extras is not None:
         extras = method.extras(model, config, cells, autocast)
         _check_extras(model, extras, {*patches, *modules})
@@ -215,7 +222,7 @@ def detach_all(model: nn.Cell) -> None:
         wrapper.released()
     replace_cells(model, new)
     restore_blocks(model)
-    for attribute in ("peft_config", "peft_routing"):
+    for attribute in ("peft_config", "peft_routing", "peft_active"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     settle(model)
@@ -238,6 +245,7 @@ def use(model: nn.Cell, names: Iterable[str]) -> None:
     names = list(names)
     for _, wrapper in wrappers(model):
         wrapper.activate(names)
+    model.peft_active = tuple(names)
     routing_of(model).invocation = next(iter(invocations_of(model, names)), None)
 
 
@@ -245,6 +253,11 @@ def invocations_of(model: nn.Cell, names: Iterable[str]) -> list[tuple[int, ...]
     """The token sequences that these adapters wait for, each once."""
     waiting = (getattr(configs_of(model)[name], "alora_invocation_tokens", None) for name in names)
     return list(dict.fromkeys(tuple(tokens) for tokens in waiting if tokens is not None))
+
+
+def active_of(model: nn.Cell) -> list[str]:
+    """The names of the adapters in use (or that would be, were they not disabled), in the order in which they act."""
+    return [name for name in getattr(model, "peft_active", ()) if name in configs_of(model)]
 
 
 def configs_of(model: nn.Cell) -> dict[str, PeftConfig]:
@@ -282,22 +295,25 @@ def inject_adapter_in_model(
         peft_config: what to build.
         model: changed in place.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: not built yet.
-        state_dict: not built yet.
+        low_cpu_mem_usage: draw no random weights; they are NaN until `set_peft_model_state_dict` fills them.
+        state_dict: adapter weights whose keys decide which layers get adapters, whatever the config's targets say;
+            the weights themselves are not read.
 
     Returns:
         `model`, the same object.
 
     Raises:
         AdapterNameError: the name is taken, or cannot be one. For other errors see `prepare`.
+
+    Differs: with `state_dict`, the config in the model names the layers that got adapters; HF leaves its targets as
+    they are, so that the adapter cannot be loaded again by its own config.
     """
-    if low_cpu_mem_usage or state_dict is not None:
-        raise NotImplementedError("low_cpu_mem_usage and state_dict of inject_adapter_in_model are not built yet")
     if adapter_name in configs_of(model):
         raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
     if getattr(peft_config, "alora_invocation_tokens", None) is not None:
         raise ConfigError("alora_invocation_tokens needs get_peft_model: something must look for them in the input.")
-    attach(model, prepare(model, peft_config, adapter_name))
+    config = peft_config if state_dict is None else narrowed(peft_config, model, state_dict)
+    attach(model, prepare(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
     activate(model, [adapter_name], trainable=not peft_config.inference_mode)
     settle(model)
     return model

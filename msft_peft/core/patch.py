@@ -38,9 +38,9 @@ class Patch(nn.Cell):
     rides = False
     invocation: tuple[int, ...] | None = None
 
-    def __init__(self, site: Site, config: PeftConfig, autocast: bool = True) -> None:
+    def __init__(self, site: Site, config: PeftConfig, autocast: bool = True, low_cpu_mem_usage: bool = False) -> None:
         super().__init__()
-        self.site, self.op = site, site.op
+        self.site, self.op, self.undrawn = site, site.op, low_cpu_mem_usage
         self.keys: dict[str, str] = {}
         # Half-precision adapters lose small updates, so they are kept in float32 unless told otherwise.
         halves = HALF_DTYPES if autocast else ()
@@ -64,8 +64,22 @@ class Patch(nn.Cell):
         """
         attribute = attribute or key.removesuffix(".weight").replace(".", "_")
         self.keys[attribute] = key
-        values = Tensor(init, self.dtype) if isinstance(init, np.ndarray) else initializer(init, shape, self.dtype)
+        if isinstance(init, np.ndarray):
+            values = Tensor(init, self.dtype)
+        elif self.undrawn:
+            # Not a number, so that weights which were never loaded cannot go unnoticed.
+            values = Tensor(np.full(shape, np.nan, np.float32), self.dtype)
+        else:
+            values = initializer(init, shape, self.dtype)
         return Parameter(values, name=attribute)
+
+    def shape_of(self, attribute: str) -> tuple[int, ...]:
+        """The shape of a weight in files: its own, unless it is stored padded."""
+        return tuple(getattr(self, attribute).shape)
+
+    def blocks_of(self, attribute: str) -> int:
+        """How many parts a padded weight has, see `backend.tree.Named`."""
+        return 1
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Copies of the weights, by attribute."""

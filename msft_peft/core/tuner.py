@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mindspore import Tensor, nn
@@ -11,11 +11,11 @@ from tqdm import tqdm
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import inherit_mode, owners, replace_cells
 from msft_peft.config import PeftConfig
-from msft_peft.core import inject
+from msft_peft.core import inject, switch
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
 from msft_peft.core.patch import Patch
 from msft_peft.core.routing import invocations, routing_of
-from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
+from msft_peft.errors import MergeError, PeftWarning
 from msft_peft.registry import method_of
 
 
@@ -32,7 +32,6 @@ class Tuner(nn.Cell):
     def __init__(self, model: nn.Cell) -> None:
         super().__init__()
         self.model = model
-        self._active: tuple[str, ...] = ()
         self.routing = routing_of(model)
         inherit_mode(self, model)
 
@@ -70,23 +69,7 @@ class Tuner(nn.Cell):
     @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters in use (or that would be, were they not disabled)."""
-        return [name for name in self._active if name in self.peft_config]
-
-    def _layers(self) -> list[TunerLayer]:
-        """Every adapted layer, in network order."""
-        return [wrapper for _, wrapper in wrappers(self.model) if isinstance(wrapper, TunerLayer)]
-
-    def _require(self, names: str | Iterable[str]) -> list[str]:
-        """The names as a list.
-
-        Raises:
-            AdapterNameError: one of them is not there.
-        """
-        names = [names] if isinstance(names, str) else list(names)
-        missing = [name for name in names if name not in self.peft_config]
-        if missing:
-            raise AdapterNameError(f"Adapter {', '.join(missing)} not found. There are {sorted(self.peft_config)}.")
-        return names
+        return inject.active_of(self.model)
 
     # --- switches -----------------------------------------------------------------------------------------------
 
@@ -102,33 +85,11 @@ class Tuner(nn.Cell):
             MergeError: two of them train the same layer whole (`modules_to_save`).
             ConfigError: two of them wait for different invocation tokens.
         """
-        names = list(dict.fromkeys(self._require(adapter_name)))
-        self._check_one_copy(names)
-        waiting = inject.invocations_of(self.model, names)
-        if len(waiting) > 1:
-            raise ConfigError(
-                f"Adapters {names} cannot be active together: they wait for different tokens, {waiting}."
-            )
-        self._unmerge_first("Adapter cannot be set when the model is merged.")
-        inject.activate(self.model, names, trainable=not inference_mode)
-        self._active = tuple(names)
-        drop_compiled()
-
-    def _unmerge_first(self, why: str) -> None:
-        """Unmerge, with a warning that says why, if anything is merged."""
-        if any(layer.merged for layer in self._layers()):
-            warnings.warn(f"{why} Unmerging the model first.", PeftWarning, stacklevel=3)
-            self.unmerge_adapter()
+        switch.set_adapter(self.model, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters, active or not. Build the optimizer and the gradient function afterwards."""
-        names = self._require(adapter_names)
-        for _, wrapper in wrappers(self.model):
-            wrapper.set_requires_grad(names, requires_grad)
-        for name in names:
-            for bias in inject.adapter_in(self.model, name).biases(self.model).values():
-                bias.parameter.requires_grad = requires_grad
-        drop_compiled()
+        switch.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch all adapters on again."""
@@ -140,7 +101,7 @@ class Tuner(nn.Cell):
         Differs: HF also changes `requires_grad`, and leaves a frozen adapter trainable when it is enabled again.
         """
         self._warn_of_biases()
-        if any(layer.merged for layer in self._layers()):
+        if any(layer.merged for layer in switch.layers_of(self.model)):
             self.unmerge_adapter()
         self._set_enabled(dict.fromkeys(self._paths(), False))
 
@@ -161,24 +122,7 @@ class Tuner(nn.Cell):
             AdapterNameError: it is not there ("Adapter x does not exist").
             MergeError: it is merged into the base weights.
         """
-        if adapter_name not in self.peft_config:
-            raise AdapterNameError(f"Adapter {adapter_name} does not exist. There are {sorted(self.peft_config)}.")
-        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
-            raise MergeError(
-                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
-            )
-        was_active = adapter_name in self._active
-        inject.discard(self.model, adapter_name)
-        self._active = tuple(name for name in self._active if name != adapter_name)
-        if was_active and not self._active and self.peft_config:
-            heir = min(self.peft_config)
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {heir}.",
-                PeftWarning,
-                stacklevel=2,
-            )
-            self.set_adapter(heir, inference_mode=self.peft_config[heir].inference_mode)
-        drop_compiled()
+        switch.delete_adapter(self.model, adapter_name)
 
     # --- merging ------------------------------------------------------------------------------------------------
 
@@ -196,8 +140,8 @@ class Tuner(nn.Cell):
         """
         if not all(wrapper.enabled for _, wrapper in wrappers(self.model)):
             raise MergeError("The adapters are disabled: merging them would put them into effect. Enable them first.")
-        names = self.active_adapters if adapter_names is None else self._require(adapter_names)
-        plan = [(layer, self._to_merge(layer, names)) for layer in self._layers()]
+        names = self.active_adapters if adapter_names is None else switch.require(self.model, adapter_names)
+        plan = [(layer, self._to_merge(layer, names)) for layer in switch.layers_of(self.model)]
         already = sorted({name for layer, _ in plan for name in layer.merged_adapters})
         if already and not any(new for _, new in plan):
             warnings.warn("All adapters are already merged, nothing to do.", PeftWarning, stacklevel=2)
@@ -217,12 +161,7 @@ class Tuner(nn.Cell):
 
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights again: to the bit, or within one rounding in float32."""
-        merged = [layer for layer in self._layers() if layer.merged]
-        if not merged:
-            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
-        for layer in merged:
-            layer.unmerge()
-        drop_compiled()
+        switch.unmerge(self.model)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -238,8 +177,8 @@ class Tuner(nn.Cell):
 
         Raises: as `merge_adapter`.
         """
-        names = self.active_adapters if adapter_names is None else self._require(adapter_names)
-        plan = [(layer, self._to_merge(layer, names)) for layer in self._layers()]
+        names = self.active_adapters if adapter_names is None else switch.require(self.model, adapter_names)
+        plan = [(layer, self._to_merge(layer, names)) for layer in switch.layers_of(self.model)]
         self._check_merge(plan, safe_merge)
         for layer, new in tqdm(plan, desc="Merging", disable=not progressbar):
             layer.merge_for_good(new)
@@ -255,7 +194,7 @@ class Tuner(nn.Cell):
 
         Differs: HF leaves the trained copies of `modules_to_save` in the model.
         """
-        for layer in self._layers():
+        for layer in switch.layers_of(self.model):
             if layer.merged:
                 layer.unmerge()
         inject.detach_all(self.model)
@@ -270,12 +209,6 @@ class Tuner(nn.Cell):
         for path, wrapper in wrappers(self.model):
             wrapper.enable_adapters(states.get(path, wrapper.enabled))
         drop_compiled()
-
-    def _check_one_copy(self, names: list[str]) -> None:
-        for path, wrapper in wrappers(self.model):
-            both = [name for name in names if name in wrapper.held()]
-            if isinstance(wrapper, ModulesToSaveWrapper) and len(both) > 1:
-                raise MergeError(f"Adapters {both} cannot be active together: each trains its own copy of {path}.")
 
     @staticmethod
     def _to_merge(layer: TunerLayer, names: list[str]) -> list[str]:
@@ -314,3 +247,16 @@ def _knows_of_the_tie(holders: list[Wrapper | None], name: str) -> bool:
     patches = [w.held().get(name) if isinstance(w, TunerLayer) else None for w in holders]
     known = [patch for patch in patches if isinstance(patch, Patch)]
     return len(known) == len(patches) and sum(not patch.rides for patch in known) == 1
+
+
+def base_of(model: nn.Cell) -> nn.Cell:
+    """The Cell that holds the adapters: the base model inside a `PeftModel` or a `Tuner`, or else `model` itself.
+
+    Raises:
+        TypeError: it is no Cell.
+    """
+    if not isinstance(model, nn.Cell):
+        raise TypeError(f"a model is a mindspore.nn.Cell, got {type(model).__name__}")
+    inner = getattr(model, "base_model", None)
+    tuner = inner if isinstance(inner, Tuner) else model
+    return tuner.model if isinstance(tuner, Tuner) else tuner

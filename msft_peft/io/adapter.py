@@ -1,5 +1,6 @@
 """An adapter's tensors on disk: `adapter_model.safetensors` under HF's keys, `adapter_model.ckpt` under `p.name`."""
 
+import math
 import os
 import re
 import warnings
@@ -11,14 +12,15 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import safetensors.numpy
-from mindspore import nn
+from mindspore import Tensor, nn
 from safetensors import SafetensorError
 
-from msft_peft.backend.arrays import to_numpy, write
+from msft_peft.backend.arrays import to_numpy
 from msft_peft.backend.files import fetch, replacing
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig
 from msft_peft.core.inject import Adapter, lies_inside
+from msft_peft.core.keys import PREFIX
 from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import LoadError, PeftWarning
@@ -26,8 +28,6 @@ from msft_peft.hosts import input_table, output_head
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 CKPT_NAME = "adapter_model.ckpt"
-# Where HF's wrappers put the base model; part of every key.
-PREFIX = "base_model.model."
 
 _ADAPTER_ENTRY = "msft_peft_adapter"
 
@@ -41,31 +41,83 @@ def save_tensors(directory: Path, name: str, entries: Mapping[str, Named]) -> No
         entries: the tensors by their keys below the base model, see `Adapter.entries`.
     """
     ordered = sorted(entries.items())
-    arrays = {PREFIX + key: to_numpy(named.parameter).reshape(named.shape) for key, named in ordered}
+    arrays = {PREFIX + key: named.read() for key, named in ordered}
     with replacing(directory / SAFETENSORS_NAME) as path:
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
-    parameters = [{"name": PREFIX + named.local, "data": named.parameter} for _, named in ordered]
+    parameters = [{"name": PREFIX + named.local, "data": _as_stored(named)} for _, named in ordered]
     with replacing(directory / CKPT_NAME) as path:
         ms.save_checkpoint(parameters, str(path), append_dict={_ADAPTER_ENTRY: name})
 
 
+def _as_stored(named: Named) -> Tensor:
+    """The parameter itself, for MindSpore to load by name; without its padding if it has any."""
+    padded = named.parameter.size != math.prod(named.shape)
+    return Tensor(named.read()) if padded else named.parameter
+
+
 @dataclass(frozen=True)
 class Tensors:
-    """What was read from a file.
+    """What was read from a file, or given as a state dict.
 
     Attributes:
-        origin: the file.
+        origin: the file, or what else it is, for messages.
         arrays: its tensors under the names that they have there: HF's keys, or parameter names in a checkpoint.
         adapter: the name that the adapter had when a MindSpore checkpoint was written; None for safetensors.
     """
 
-    origin: Path
+    origin: Path | str
     arrays: dict[str, np.ndarray]
     adapter: str | None = None
 
+    def renamed(self, key_mapping: Mapping[str, str] | None) -> "Tensors":
+        """The same under other names.
 
-def read_tensors(source: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Tensors:
+        Args:
+            key_mapping: regex -> replacement, tried in turn on each key without HF's prefix; the first that is found
+                in a key is applied, as in transformers.
+
+        Raises:
+            LoadError: two tensors would get one name, or a pattern is no regular expression.
+        """
+        if not key_mapping:
+            return self
+        arrays: dict[str, np.ndarray] = {}
+        for key, array in self.arrays.items():
+            below = key.removeprefix(PREFIX)
+            new = key[: len(key) - len(below)] + _rename(below, key_mapping)
+            if new in arrays:
+                raise LoadError(f"key_mapping={dict(key_mapping)!r} names two tensors of {self.origin} alike: {new}")
+            arrays[new] = array
+        return replace(self, arrays=arrays)
+
+
+def _rename(key: str, key_mapping: Mapping[str, str]) -> str:
+    for pattern, replacement in key_mapping.items():
+        try:
+            new, hits = re.subn(pattern, replacement, key)
+        except re.error as error:
+            raise LoadError(
+                f"key_mapping: {pattern!r} -> {replacement!r} is no valid regular expression with its replacement: "
+                f"{error}"
+            ) from error
+        if hits:
+            return new
+    return key
+
+
+def read_tensors(
+    source: str | os.PathLike,
+    subfolder: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> Tensors:
     """Read the adapter in a directory or Hub repository: the safetensors file, or else the checkpoint.
+
+    Args:
+        source: a directory, or a repository id.
+        subfolder: folder below it.
+        key_mapping: see `Tensors.renamed`.
+        hub: for `huggingface_hub`.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -74,7 +126,7 @@ def read_tensors(source: str | os.PathLike, subfolder: str | None = None, **hub:
     for filename, read in ((SAFETENSORS_NAME, _read_safetensors), (CKPT_NAME, _read_ckpt)):
         path = fetch(source, filename, subfolder=subfolder, **hub)
         if path is not None:
-            return read(path)
+            return read(path).renamed(key_mapping)
     where = f"{source}/{subfolder}" if subfolder else f"{source}"
     hint = ""
     if fetch(source, "adapter_model.bin", subfolder=subfolder, **hub) is not None:
@@ -99,72 +151,6 @@ def _read_ckpt(path: Path) -> Tensors:
         raise LoadError(f"{path} is no valid MindSpore checkpoint: {error}") from error
     adapter = parameters.pop(_ADAPTER_ENTRY, "default")
     return Tensors(path, {key: to_numpy(value) for key, value in parameters.items()}, str(adapter))
-
-
-@dataclass(frozen=True)
-class Match:
-    """How the tensors of a file fit an adapter; `apply` copies those that do.
-
-    Attributes:
-        fitting: (parameter, its new value) pairs.
-        missing: keys that the adapter needs and the file lacks.
-        unexpected: keys that the file has and the adapter does not.
-        misshapen: "key: shape in the file, shape in the model" lines.
-        origin: the file.
-    """
-
-    fitting: list[tuple[Named, np.ndarray]]
-    missing: list[str]
-    unexpected: list[str]
-    misshapen: list[str]
-    origin: Path
-
-    def check(self, strict: bool, ignore_mismatched_sizes: bool) -> None:
-        """Raise or warn of everything that does not fit, all of it at once.
-
-        Raises:
-            LoadError: a shape differs and `ignore_mismatched_sizes` is not set; with `strict`, also if a tensor is
-                missing or unexpected.
-        """
-        faults = []
-        if self.missing:
-            faults.append(f"Found missing adapter keys while loading the checkpoint: {self.missing}.")
-        if self.unexpected:
-            faults.append(f"Found unexpected keys that the adapter does not have: {self.unexpected}.")
-        if self.misshapen:
-            faults.append("size mismatch for " + "; ".join(self.misshapen) + ".")
-        if not faults:
-            return
-        text = f"{self.origin} does not fit the adapter. " + " ".join(faults)
-        if (strict and (self.missing or self.unexpected)) or (self.misshapen and not ignore_mismatched_sizes):
-            raise LoadError(
-                text + " Nothing was changed. Is it the adapter of another base model? strict=False loads what is "
-                "there and warns; ignore_mismatched_sizes=True leaves tensors of other shapes at their initial values."
-            )
-        warnings.warn(text + " These weights keep their initial values.", PeftWarning, stacklevel=4)
-
-    def apply(self) -> None:
-        """Copy the fitting tensors into the model."""
-        for named, array in self.fitting:
-            write(named.parameter, array.reshape(named.parameter.shape))
-
-
-def match_tensors(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Match:
-    """Compare a file's tensors with what `adapter` needs, in the model or still outside it; nothing is written."""
-    entries = {PREFIX + key: named for key, named in adapter.entries(model).items()}
-    arrays = _by_key(tensors, adapter, model)
-    # A file may also carry the base model's embeddings, see `embeddings_of`.
-    carried = {PREFIX + key: named for key, named in embeddings_of(model, adapter).items()}
-    entries |= {key: named for key, named in carried.items() if key in arrays}
-    fitting, misshapen = [], []
-    for key in sorted(entries.keys() & arrays.keys()):
-        found, wanted = tuple(arrays[key].shape), entries[key].shape
-        if found == wanted:
-            fitting.append((entries[key], arrays[key]))
-        else:
-            misshapen.append(f"{key}: the file has shape {found}, the model {wanted}")
-    missing, unexpected = sorted(entries.keys() - arrays.keys()), sorted(arrays.keys() - entries.keys())
-    return Match(fitting, missing, unexpected, misshapen, tensors.origin)
 
 
 def with_copies_in(tensors: Tensors, config: PeftConfig, model: nn.Cell) -> PeftConfig:
@@ -205,23 +191,38 @@ def embeddings_of(model: nn.Cell, adapter: Adapter) -> dict[str, Named]:
     return found
 
 
-def _by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.ndarray]:
-    """The file's tensors by HF's keys and in HF's shapes; what is unknown keeps the key that it has."""
-    if tensors.adapter is None:
-        known = {PREFIX + key for key in adapter.entries(model)}
-        # Files from old scripts may still hold the adapter's name.
-        return {
-            key if key in known else re.sub(r"\.default(?=(\.[^.]+)?$)", "", key): array
-            for key, array in tensors.arrays.items()
-        }
-    # A checkpoint speaks of the adapter by the name that it had then.
-    entries = replace(adapter, name=tensors.adapter).entries(model)
-    by_name = {
-        prefix + named.local: (PREFIX + key, named) for key, named in entries.items() for prefix in (PREFIX, "")
+def embeddings_to_save(model: nn.Cell, adapter: Adapter, wanted: bool | str) -> dict[str, Named]:
+    """Those of the base model's embeddings that belong into a file of `adapter`, by their keys there.
+
+    Args:
+        model: the base model.
+        adapter: whose file.
+        wanted: True takes them all, "auto" those that the adapter targets, False none.
+
+    Raises:
+        ValueError: `wanted` is none of these.
+    """
+    if wanted not in (True, False, "auto"):
+        raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {wanted!r}")
+    if wanted is False:
+        return {}
+    found = embeddings_of(model, adapter)
+    if wanted is True:
+        if not found:
+            warnings.warn(
+                "Could not identify embedding layer(s): the base model has neither get_input_embeddings nor "
+                "get_output_embeddings. None is saved.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        return found
+    targeted = {
+        key: named for key, named in found.items() if key.removesuffix(".base_layer.weight") in adapter.targets
     }
-    arrays = {}
-    for name, array in tensors.arrays.items():
-        key, named = by_name.get(name, (name, None))
-        stored_alike = named is not None and array.shape == tuple(named.parameter.shape)
-        arrays[key] = array.reshape(named.shape) if named is not None and stored_alike else array
-    return arrays
+    if targeted:
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
+            PeftWarning,
+            stacklevel=4,
+        )
+    return targeted

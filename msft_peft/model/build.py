@@ -30,7 +30,7 @@ def get_peft_model(
         mixed: adapters of different methods in one model; not built yet.
         autocast_adapter_dtype: keep adapter weights in float32 where the base is in half precision.
         revision: of the base model, noted in the saved config.
-        low_cpu_mem_usage: not built yet.
+        low_cpu_mem_usage: draw no random weights, since they are about to be loaded; until then they are NaN.
 
     Returns:
         A `PeftModel`, of the class that the config's `task_type` names.

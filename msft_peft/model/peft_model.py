@@ -3,24 +3,24 @@
 import contextlib
 import copy
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Tensor, nn
 
-from msft_peft.backend.tree import Named, inherit_mode
+from msft_peft.backend.tree import inherit_mode
 from msft_peft.config import PeftConfig, TaskType
-from msft_peft.core import inject
+from msft_peft.core import inject, switch
 from msft_peft.core.mixed_batch import divided
 from msft_peft.core.routing import invocations
 from msft_peft.core.tuner import Tuner
-from msft_peft.errors import AdapterNameError, ConfigError, PeftWarning
+from msft_peft.errors import AdapterNameError, ConfigError
 from msft_peft.hosts import model_config
-from msft_peft.io.adapter import embeddings_of, match_tensors, read_tensors, save_tensors, with_copies_in
+from msft_peft.io.adapter import embeddings_to_save, read_tensors, save_tensors, with_copies_in
 from msft_peft.io.card import write_card
+from msft_peft.io.load import LoadReport, fit
 from msft_peft.registry import method_of
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
@@ -40,7 +40,10 @@ class PeftModel(nn.Cell):
         peft_config: what to put in.
         adapter_name: the adapter's name.
         autocast_adapter_dtype: keep adapter weights in float32 where the base is in half precision.
-        low_cpu_mem_usage: not built yet.
+        low_cpu_mem_usage: draw no random weights, since they are about to be loaded; until then they are NaN.
+
+    Attributes:
+        load_report: what the last `from_pretrained` or `load_adapter` did, a `LoadReport`; None before the first.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError, AdapterNameError, NotImplementedError: see `core.inject.prepare`; the
@@ -52,6 +55,8 @@ class PeftModel(nn.Cell):
     _heads: ClassVar[tuple[str, ...]] = ()
     _pipeline_tag: ClassVar[str | None] = None
 
+    load_report: LoadReport | None = None
+
     def __init__(
         self,
         model: nn.Cell,
@@ -61,8 +66,7 @@ class PeftModel(nn.Cell):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
-        adapter = self._prepare(model, peft_config, adapter_name, autocast_adapter_dtype)
+        adapter = self._prepare(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._install(model, adapter)
 
     @classmethod
@@ -71,17 +75,18 @@ class PeftModel(nn.Cell):
         fitting = (sub for sub in cls.__subclasses__() if sub._task is not None and sub._task == config.task_type)
         return next(fitting, cls)
 
-    def _prepare(self, model: nn.Cell, config: PeftConfig, name: str, autocast: bool) -> inject.Adapter:
+    def _prepare(
+        self, model: nn.Cell, config: PeftConfig, name: str, autocast: bool, low_cpu_mem_usage: bool
+    ) -> inject.Adapter:
         """The adapter, still outside the model, with the heads of this task among what it trains whole."""
         if isinstance(config, PeftConfig) and self._heads and hasattr(config, "modules_to_save"):
             config = copy.deepcopy(config)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self._heads]))
-        return inject.prepare(model, config, name, autocast)
+        return inject.prepare(model, config, name, autocast, low_cpu_mem_usage)
 
     def _install(self, model: nn.Cell, adapter: inject.Adapter) -> None:
         inject.attach(model, adapter)
         self.base_model = (method_of(adapter.config).tuner or Tuner)(model)
-        self.base_model._active = (adapter.name,)
         inject.activate(model, [adapter.name], trainable=not adapter.config.inference_mode)
         inherit_mode(self, model)
         inject.settle(self)
@@ -149,7 +154,7 @@ class PeftModel(nn.Cell):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The config of `active_adapter`."""
-        return self.peft_config[self.base_model._require(self.active_adapters)[0]]
+        return self.peft_config[switch.require(self.get_base_model(), self.active_adapters)[0]]
 
     def get_base_model(self) -> nn.Cell:
         """The base model, adapted layers still in it."""
@@ -168,14 +173,11 @@ class PeftModel(nn.Cell):
             AdapterNameError: the name is taken, or cannot be one.
             ConfigError: another method than that of the adapters in the model; for others see `core.inject.prepare`.
         """
-        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
         if adapter_name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
         self._check_method(peft_config)
-        inject.attach(
-            self.get_base_model(),
-            self._prepare(self.get_base_model(), peft_config, adapter_name, autocast_adapter_dtype),
-        )
+        base = self.get_base_model()
+        inject.attach(base, self._prepare(base, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage))
         inject.settle(self)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -259,7 +261,7 @@ class PeftModel(nn.Cell):
         for name in names:
             adapter = inject.adapter_in(base, name)
             directory = Path(save_directory) / ("" if name == ROOT_ADAPTER else name)
-            entries = adapter.entries(base) | self._embeddings_to_save(adapter, save_embedding_layers)
+            entries = adapter.entries(base) | embeddings_to_save(base, adapter, save_embedding_layers)
             save_tensors(directory, name, entries)
             self._config_to_save(adapter.config).save_pretrained(directory)
             sizes.append(sum(named.parameter.size for named in entries.values()))
@@ -279,6 +281,7 @@ class PeftModel(nn.Cell):
         low_cpu_mem_usage: bool = False,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> "PeftModel":
         """A base model with an adapter from a directory or Hub repository.
@@ -292,9 +295,11 @@ class PeftModel(nn.Cell):
             is_trainable: go on training it; otherwise it is frozen and the model set to evaluation.
             config: used instead of the file's.
             autocast_adapter_dtype: see `PeftModel`.
-            low_cpu_mem_usage: not built yet.
+            low_cpu_mem_usage: draw no random weights before loading; whatever the file lacks is then an error.
             strict: a missing or unexpected tensor is an error; otherwise a warning.
             ignore_mismatched_sizes: warn of tensors of other shapes and leave them fresh; otherwise an error.
+            key_mapping: regex -> replacement, for files with other names: tried in turn on each key without its
+                `base_model.model.`; the first that is found is applied.
             hub: `subfolder`, and `revision`, `token`, `cache_dir`, ... for `huggingface_hub`.
 
         Raises:
@@ -303,18 +308,20 @@ class PeftModel(nn.Cell):
             LoadError: broken weights, or ones that do not fit; all of them are listed.
             NoMatchingPeftModuleError: the model lacks the layers that the adapter is for.
 
+        What was loaded is told by `load_report` of the result.
+
         Differs: HF warns of missing tensors, is silent about unexpected ones, and returns a model all the same.
         """
-        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
         config = _config_for(model_id, config, is_trainable, hub)
         cls = cls._for_task(config)
         self = cls.__new__(cls)
         nn.Cell.__init__(self)
-        tensors = read_tensors(model_id, **hub)
-        adapter = self._prepare(model, with_copies_in(tensors, config, model), adapter_name, autocast_adapter_dtype)
-        match = match_tensors(tensors, adapter, model)
-        match.check(strict, ignore_mismatched_sizes)
-        match.apply()
+        tensors = read_tensors(model_id, key_mapping=key_mapping, **hub)
+        config = with_copies_in(tensors, config, model)
+        adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        fitted = fit(tensors, adapter, model)
+        fitted.report.check(strict, ignore_mismatched_sizes, low_cpu_mem_usage)
+        self.load_report = fitted.apply(adapter, model)
         self._install(model, adapter)
         self.set_train(is_trainable)
         return self
@@ -328,36 +335,41 @@ class PeftModel(nn.Cell):
         low_cpu_mem_usage: bool = False,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
-    ) -> None:
+    ) -> LoadReport:
         """Add an adapter from files, inactive; or, if the name is taken, put it in that adapter's place.
 
         An adapter whose config differs from the file's is replaced whole; otherwise its weights are overwritten.
 
         Args and errors: as `from_pretrained`; a config of another method is a ConfigError.
 
-        Differs: HF returns the keys that did not fit; here they are an error, or with strict=False a warning. HF keeps
-        the old adapter's scaling when it overwrites the weights.
+        Returns:
+            What was loaded, with HF's `missing_keys` and `unexpected_keys`; also kept as `load_report`.
+
+        Differs: HF returns the keys that did not fit and says nothing; here they are an error, or with strict=False a
+        warning. HF keeps the old adapter's scaling when it overwrites the weights.
         """
-        _refuse_low_cpu_mem_usage(low_cpu_mem_usage)
         config = _config_for(model_id, None, is_trainable, hub)
-        base, tensors = self.get_base_model(), read_tensors(model_id, **hub)
+        base, tensors = self.get_base_model(), read_tensors(model_id, key_mapping=key_mapping, **hub)
         self._check_method(config)
-        adapter = self._prepare(base, with_copies_in(tensors, config, base), adapter_name, autocast_adapter_dtype)
+        config = with_copies_in(tensors, config, base)
+        adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         old = self.peft_config.get(adapter_name)
         same = old is not None and _alike(old, adapter.config)
         if same:
             adapter = inject.adapter_in(base, adapter_name)
-        match = match_tensors(tensors, adapter, base)
-        match.check(strict, ignore_mismatched_sizes)
+        fitted = fit(tensors, adapter, base)
+        fitted.report.check(strict, ignore_mismatched_sizes, low_cpu_mem_usage)
         if old is not None:
-            self.base_model._unmerge_first(f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
-        match.apply()
+            switch.unmerge_first(base, f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
+        self.load_report = fitted.apply(adapter, base)
         if not same:
             inject.attach(base, adapter)
             inject.use(base, self.active_adapters)
             inject.settle(self)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
+        return self.load_report
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -368,30 +380,6 @@ class PeftModel(nn.Cell):
                 f"Cannot combine adapters with different peft types. Found {here.pop()} and "
                 f"{getattr(config, 'peft_type', type(config))}."
             )
-
-    def _embeddings_to_save(self, adapter: inject.Adapter, wanted: bool | str) -> dict[str, Named]:
-        if wanted is False:
-            return {}
-        found = embeddings_of(self.get_base_model(), adapter)
-        if wanted is True:
-            if not found:
-                warnings.warn(
-                    "Could not identify embedding layer(s): the base model has neither get_input_embeddings nor "
-                    "get_output_embeddings. None is saved.",
-                    PeftWarning,
-                    stacklevel=3,
-                )
-            return found
-        targeted = {
-            key: named for key, named in found.items() if key.removesuffix(".base_layer.weight") in adapter.targets
-        }
-        if targeted:
-            warnings.warn(
-                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
-                PeftWarning,
-                stacklevel=3,
-            )
-        return targeted
 
     def _base_name(self) -> str | None:
         base = self.get_base_model()
@@ -438,10 +426,3 @@ def _alike(one: PeftConfig, other: PeftConfig) -> bool:
     """Whether two configs make the same adapter: what only describes where it came from does not count."""
     described = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
     return all(value == other.to_dict().get(key) for key, value in one.to_dict().items() if key not in described)
-
-
-def _refuse_low_cpu_mem_usage(asked: bool) -> None:
-    if asked:
-        raise NotImplementedError(
-            "low_cpu_mem_usage=True is not built yet; wrapping copies no base weights without it"
-        )

@@ -1,0 +1,138 @@
+"""The switches over the adapters in a base model, whatever stands around it.
+
+Each checks first and changes then, and ends by dropping the process's compiled graphs, so that the next call of the
+model, of a `ms.jit` step around it or of `Model.train` compiles anew.
+"""
+
+import warnings
+from collections.abc import Iterable
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn
+
+from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy
+from msft_peft.backend.graphs import drop_compiled
+from msft_peft.core import inject
+from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
+from msft_peft.core.patch import place_of
+from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
+
+
+def layers_of(model: nn.Cell) -> list[TunerLayer]:
+    """Every adapted layer, in network order."""
+    return [wrapper for _, wrapper in wrappers(model) if isinstance(wrapper, TunerLayer)]
+
+
+def require(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
+    """The names as a list, each once.
+
+    Raises:
+        AdapterNameError: one of them is not there.
+    """
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    there = inject.configs_of(model)
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise AdapterNameError(f"Adapter {', '.join(map(str, missing))} not found. There are {sorted(there)}.")
+    return names
+
+
+def set_adapter(model: nn.Cell, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Make one adapter, or several together, the active ones; see `Tuner.set_adapter`."""
+    names = require(model, adapter_name)
+    for path, wrapper in wrappers(model):
+        both = [name for name in names if name in wrapper.held()]
+        if isinstance(wrapper, ModulesToSaveWrapper) and len(both) > 1:
+            raise MergeError(f"Adapters {both} cannot be active together: each trains its own copy of {path}.")
+    waiting = inject.invocations_of(model, names)
+    if len(waiting) > 1:
+        raise ConfigError(f"Adapters {names} cannot be active together: they wait for different tokens, {waiting}.")
+    unmerge_first(model, "Adapter cannot be set when the model is merged.")
+    inject.activate(model, names, trainable=not inference_mode)
+    drop_compiled()
+
+
+def set_requires_grad(model: nn.Cell, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    """Freeze or unfreeze adapters, active or not; see `Tuner.set_requires_grad`."""
+    names = require(model, adapter_names)
+    for _, wrapper in wrappers(model):
+        wrapper.set_requires_grad(names, requires_grad)
+    for name in names:
+        for bias in inject.adapter_in(model, name).biases(model).values():
+            bias.parameter.requires_grad = requires_grad
+    drop_compiled()
+
+
+def delete_adapter(model: nn.Cell, adapter_name: str) -> None:
+    """Remove an adapter and its weights; see `Tuner.delete_adapter`."""
+    configs = inject.configs_of(model)
+    if adapter_name not in configs:
+        raise AdapterNameError(f"Adapter {adapter_name} does not exist. There are {sorted(configs)}.")
+    if any(adapter_name in layer.merged_adapters for layer in layers_of(model)):
+        raise MergeError(
+            f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+        )
+    was_active = adapter_name in inject.active_of(model)
+    inject.discard(model, adapter_name)
+    left = inject.configs_of(model)
+    if was_active and not inject.active_of(model) and left:
+        heir = min(left)
+        warnings.warn(
+            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {heir}.",
+            PeftWarning,
+            stacklevel=4,
+        )
+        set_adapter(model, heir, inference_mode=left[heir].inference_mode)
+    drop_compiled()
+
+
+def unmerge(model: nn.Cell) -> None:
+    """Take merged adapters out of the base weights again; see `Tuner.unmerge_adapter`."""
+    merged = [layer for layer in layers_of(model) if layer.merged]
+    if not merged:
+        warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=3)
+    for layer in merged:
+        layer.unmerge()
+    drop_compiled()
+
+
+def unmerge_first(model: nn.Cell, why: str) -> None:
+    """Unmerge, with a warning that says why, if anything is merged."""
+    if any(layer.merged for layer in layers_of(model)):
+        warnings.warn(f"{why} Unmerging the model first.", PeftWarning, stacklevel=4)
+        unmerge(model)
+
+
+def cast_adapter_dtype(model: nn.Cell, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Give an adapter's half-precision weights float32, in which small updates are not lost.
+
+    The weights become new Parameters of the same names: build the optimizer and the gradient function afterwards.
+    Adapters that are made or loaded with `autocast_adapter_dtype=True`, the default, have float32 already.
+
+    Args:
+        model: the base model.
+        adapter_name: the adapter.
+        autocast_adapter_dtype: False does nothing.
+
+    Raises:
+        AdapterNameError: it is not there.
+    """
+    (name,) = require(model, adapter_name)
+    if not autocast_adapter_dtype:
+        return
+    for layer in layers_of(model):
+        if name in layer.held() and layer.held()[name].dtype in HALF_DTYPES:
+            _to_float32(layer, name)
+    drop_compiled()
+
+
+def _to_float32(layer: TunerLayer, name: str) -> None:
+    """New Parameters in the place of an adapter's weights here: a Parameter cannot change its dtype."""
+    patch = layer.adapters[name]
+    for attribute, key in patch.keys.items():
+        old = getattr(patch, attribute)
+        new = Parameter(Tensor(as_float32(to_numpy(old))), name=old.name, requires_grad=old.requires_grad)
+        patch._params[attribute] = new
+        place, rest = place_of(key)
+        layer.views[place].put(name, rest, new)
+    patch.dtype = ms.float32
