@@ -1,6 +1,5 @@
 """State dicts: the tensors of an adapter, or of the base model beneath it, out of a model and into one."""
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -50,14 +49,9 @@ def get_peft_model_state_dict(
     prefix = "" if base is model else PREFIX
     adapter = inject.adapter_in(base, adapter_name)
     entries = adapter.entries(base) | embeddings_to_save(base, adapter, save_embedding_layers)
-    if state_dict is None:
-        return {prefix + key: Tensor(named.read().copy()) for key, named in sorted(entries.items())}
-    names = {key: prefix + named.local for key, named in entries.items()}
-    absent = sorted(name for name in names.values() if name not in state_dict)
-    if absent:
-        raise LoadError(f"The given state_dict lacks tensors of adapter {adapter_name!r}: {absent}.")
-    arrays = as_arrays({key: state_dict[name] for key, name in names.items()})
-    return {prefix + key: Tensor(_in_shape(array, entries[key]).copy()) for key, array in sorted(arrays.items())}
+    if state_dict is not None:
+        entries = taken_from(state_dict, entries, prefix)
+    return {prefix + key: Tensor(named.read().copy()) for key, named in sorted(entries.items())}
 
 
 def set_peft_model_state_dict(
@@ -183,8 +177,30 @@ def _base_parameters(base: nn.Cell) -> dict[str, tuple[Parameter, tuple[int, ...
     return found
 
 
-def _in_shape(array: np.ndarray, named: Named) -> np.ndarray:
-    """A stored array in the shape of HF's files."""
-    if array.size != math.prod(named.shape):
-        raise LoadError(f"{named.local} has shape {array.shape} in the given state_dict, the adapter {named.shape}.")
-    return array.reshape(named.shape)
+def taken_from(state_dict: State, entries: Mapping[str, Named], prefix: str = PREFIX) -> dict[str, Named]:
+    """The same entries with the values that `state_dict` has under the parameters' names.
+
+    Args:
+        state_dict: may hold more than is needed.
+        entries: see `Adapter.entries`.
+        prefix: stands before the names.
+
+    Raises:
+        LoadError: some are not there, or have other shapes; they are listed.
+    """
+    names = {key: prefix + named.local for key, named in entries.items()}
+    absent = sorted(name for name in names.values() if name not in state_dict)
+    if absent:
+        raise LoadError(f"The given state_dict lacks tensors that the adapter has: {absent}.")
+    arrays = as_arrays({key: state_dict[name] for key, name in names.items()})
+    wrong = [
+        f"{names[key]}: {array.shape}, the model {entries[key].shape}"
+        for key, array in arrays.items()
+        if array.shape not in (entries[key].shape, tuple(entries[key].parameter.shape))
+    ]
+    if wrong:
+        raise LoadError(f"The given state_dict has tensors of other shapes than the adapter: {'; '.join(wrong)}.")
+    return {
+        key: entries[key]._replace(parameter=Parameter(Tensor(array), name=names[key]))
+        for key, array in arrays.items()
+    }

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from msft_peft.hosts import model_config
 from msft_peft.io.adapter import embeddings_to_save, read_tensors, save_tensors, with_copies_in
 from msft_peft.io.card import write_card
 from msft_peft.io.load import LoadReport, fit
+from msft_peft.io.state import State, taken_from
 from msft_peft.registry import method_of
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
@@ -225,6 +227,7 @@ class PeftModel(nn.Cell):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        state_dict: State | None = None,
     ) -> None:
         """Write the adapters: weights in both formats, config and model card; trainable weights alone.
 
@@ -238,9 +241,12 @@ class PeftModel(nn.Cell):
             save_embedding_layers: True adds the base model's input and output embeddings (do so if you resized them);
                 "auto" those of them that the adapter targets, as HF does; False none.
             is_main_process: False writes nothing (the other workers of a distributed run).
+            state_dict: take the values from here (under parameter names, as in `model.parameters_dict()`), not from
+                the model: gathered ones, say, or those of an earlier step.
 
         Raises:
             AdapterNameError: a selected adapter is not there.
+            LoadError: `state_dict` lacks tensors, or has others of their names; nothing is written.
             NotADirectoryError: the path is a file.
         """
         if not safe_serialization:
@@ -257,17 +263,21 @@ class PeftModel(nn.Cell):
         if not is_main_process:
             return
         base = self.get_base_model()
-        sizes = []
-        for name in names:
-            adapter = inject.adapter_in(base, name)
+        adapters = {name: inject.adapter_in(base, name) for name in names}
+        entries = {
+            name: adapter.entries(base) | embeddings_to_save(base, adapter, save_embedding_layers)
+            for name, adapter in adapters.items()
+        }
+        if state_dict is not None:
+            entries = {name: taken_from(state_dict, own) for name, own in entries.items()}
+        for name, own in entries.items():
             directory = Path(save_directory) / ("" if name == ROOT_ADAPTER else name)
-            entries = adapter.entries(base) | embeddings_to_save(base, adapter, save_embedding_layers)
-            save_tensors(directory, name, entries)
-            self._config_to_save(adapter.config).save_pretrained(directory)
-            sizes.append(sum(named.parameter.size for named in entries.values()))
+            save_tensors(directory, name, own)
+            self._config_to_save(adapters[name].config).save_pretrained(directory)
+        size = sum(math.prod(named.shape) for own in entries.values() for named in own.values())
         method = str(self.peft_config[names[0]].peft_type) if names else "PEFT"
         tags = ["transformers"] if "_name_or_path" in model_config(base) else []
-        write_card(Path(save_directory), self._base_name(), method, sum(sizes), tags, self._pipeline_tag)
+        write_card(Path(save_directory), self._base_name(), method, size, tags, self._pipeline_tag)
 
     @classmethod
     def from_pretrained(

@@ -163,6 +163,63 @@ def test_values_from_another_state_dict():
     assert all(name in str(error.value) for name in gone)
 
 
+def test_51_values_from_another_state_dict_are_saved(tmp_path: Path):
+    model = blocks()
+    snapshot, expected = {name: array(p) for name, p in model.parameters_dict().items()}, output(model)
+    shake(model.trainable_params(), seed=4)
+    model.save_pretrained(tmp_path, state_dict=snapshot)
+    assert differ(output(model), expected)
+    ms.set_seed(3)
+    assert_same(output(PeftModel.from_pretrained(nets.Blocks(), tmp_path)), expected, "exact")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    ms.set_seed(3)
+    assert_same(output(PeftModel.from_pretrained(nets.Blocks(), tmp_path)), expected, "exact")
+    name = next(name for name in snapshot if "lora_A" in name)
+    for bad in ({}, snapshot | {name: np.zeros((3, 3))}):
+        with pytest.raises(LoadError, match=name):
+            model.save_pretrained(tmp_path / "none", state_dict=bad)
+    assert not (tmp_path / "none").exists()
+
+
+class Lm(nets.nn.Cell):
+    """Something with embeddings at both ends, as a language model names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lin, self.lm_head = nets.nn.Embedding(7, 4), nets.nn.Dense(4, 4), nets.nn.Dense(4, 7)
+
+    def get_input_embeddings(self) -> nets.nn.Cell:
+        return self.embed
+
+    def get_output_embeddings(self) -> nets.nn.Cell:
+        return self.lm_head
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted", "saved"),
+    [
+        (["lin"], "auto", set()),
+        (["lin"], True, {"embed.weight", "lm_head.weight"}),
+        (["lin", "embed"], "auto", {"embed.base_layer.weight"}),
+        (["lin", "lm_head"], "auto", {"lm_head.base_layer.weight"}),
+        (["lin", "embed"], False, set()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_49_embeddings_are_saved_where_they_are_asked_for(targets: list, wanted: Any, saved: set, tmp_path: Path):
+    model = get_peft_model(Lm(), LoraConfig(target_modules=targets))
+    state = get_peft_model_state_dict(model, save_embedding_layers=wanted)
+    assert {key.removeprefix(P) for key in state if ".lora_" not in key} == saved
+    model.save_pretrained(tmp_path, save_embedding_layers=wanted)
+    assert set(load_peft_weights(tmp_path)) == set(state)
+    for key, value in state.items():
+        state[key] = array(value) + 1
+    report = set_peft_model_state_dict(model, state)
+    assert set(report.applied) == set(state)
+    for key, value in get_peft_model_state_dict(model, save_embedding_layers=wanted).items():
+        assert_same(value, state[key], "exact")
+
+
 def test_biases_and_embeddings_are_among_them():
     model = get_peft_model(nets.Blocks(1), LoraConfig(target_modules=["q"], bias="all"))
     keys = set(get_peft_model_state_dict(model))
