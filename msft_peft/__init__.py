@@ -29,6 +29,10 @@ from msft_peft.model import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
+    TunerLayerStatus,
+    TunerModelStatus,
+    get_layer_status,
+    get_model_status,
     get_peft_model,
 )
 from msft_peft.registry import discover, get_peft_config, peft_types
@@ -63,7 +67,11 @@ __all__ = [
     "PeftWarning",
     "TaskType",
     "Tuner",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -103,23 +103,9 @@ def unmerge_first(model: nn.Cell, why: str) -> None:
         unmerge(model)
 
 
-def cast_adapter_dtype(model: nn.Cell, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Give an adapter's half-precision weights float32, in which small updates are not lost.
-
-    The weights become new Parameters of the same names: build the optimizer and the gradient function afterwards.
-    Adapters that are made or loaded with `autocast_adapter_dtype=True`, the default, have float32 already.
-
-    Args:
-        model: the base model.
-        adapter_name: the adapter.
-        autocast_adapter_dtype: False does nothing.
-
-    Raises:
-        AdapterNameError: it is not there.
-    """
+def cast_adapter_dtype(model: nn.Cell, adapter_name: str) -> None:
+    """Give an adapter's half-precision weights float32; see `msft_peft.functional.cast_adapter_dtype`."""
     (name,) = require(model, adapter_name)
-    if not autocast_adapter_dtype:
-        return
     for layer in layers_of(model):
         if name in layer.held() and layer.held()[name].dtype in HALF_DTYPES:
             _to_float32(layer, name)

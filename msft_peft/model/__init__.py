@@ -2,6 +2,7 @@
 
 from msft_peft.model.build import get_peft_model
 from msft_peft.model.peft_model import PeftModel
+from msft_peft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from msft_peft.model.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -19,5 +20,9 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
 ]

@@ -14,6 +14,7 @@ from mindspore import Tensor, nn
 from msft_peft.backend.tree import inherit_mode
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core import inject, switch
+from msft_peft.core.layer import wrappers
 from msft_peft.core.mixed_batch import divided
 from msft_peft.core.routing import invocations
 from msft_peft.core.tuner import Tuner
@@ -23,6 +24,7 @@ from msft_peft.io.adapter import embeddings_to_save, read_tensors, save_tensors,
 from msft_peft.io.card import write_card
 from msft_peft.io.load import LoadReport, fit
 from msft_peft.io.state import State, taken_from
+from msft_peft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from msft_peft.registry import method_of
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
@@ -205,6 +207,33 @@ class PeftModel(nn.Cell):
         """All adapters off inside a `with` block: the outputs are the base model's. Compiled code is dropped twice."""
         with self.base_model._disabled():
             yield
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of every layer that adapters have something in; see the function of this name."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the adapters as a whole; see the function of this name."""
+        return get_model_status(self)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is in use and not switched off.
+
+        Differs: in HF, adapters that `disable_adapter_layers` switched off count as enabled.
+        """
+        layers = [wrapper for _, wrapper in wrappers(self.get_base_model())]
+        return any(layer.enabled and layer.active for layer in layers)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names in the adapters' `modules_to_save`; None if there are none."""
+        names = [getattr(config, "modules_to_save", None) or [] for config in self.peft_config.values()]
+        return {name for some in names for name in some} or None
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters, active or not; see `Tuner.set_requires_grad`."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, counted in numbers."""
