@@ -3,6 +3,7 @@
 from msft_peft import tuners
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core.inject import inject_adapter_in_model
+from msft_peft.core.switch import rescale_adapter_scale
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import (
     AdapterNameError,
@@ -13,6 +14,7 @@ from msft_peft.errors import (
     PeftError,
     PeftWarning,
 )
+from msft_peft.io.adapter import check_if_peft_model
 from msft_peft.io.load import LoadReport
 from msft_peft.io.state import (
     get_base_model_state_dict,
@@ -37,6 +39,12 @@ from msft_peft.model import (
 )
 from msft_peft.registry import discover, get_peft_config, peft_types
 from msft_peft.tuners.lora import LoraConfig, LoraRuntimeConfig
+from msft_peft.tuners.lora.hotswap import (
+    check_hotswap_configs_compatible,
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 
 discover(tuners)
 PeftType = peft_types()
@@ -69,14 +77,20 @@ __all__ = [
     "Tuner",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "check_hotswap_configs_compatible",
+    "check_if_peft_model",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_compiled_hotswap",
+    "rescale_adapter_scale",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

@@ -144,9 +144,7 @@ def prepare(
     modules = _modules_to_save(config, cells)
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
-    patches = {
-        path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()
-    }
+    patches = {path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()}
     if method.extras is not None:
         extras = method.extras(model, config, cells, autocast)
         _check_extras(model, extras, {*patches, *modules})

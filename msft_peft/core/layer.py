@@ -9,10 +9,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
+from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.ops import add_bias
 from msft_peft.backend.tree import inherit_mode
 from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.routing import Routing
+from msft_peft.core.scale import Scale
 from msft_peft.errors import MergeError
 from msft_peft.hosts import Site, describe
 
@@ -193,6 +195,13 @@ class TunerLayer(Wrapper):
             holder = holder._cells.setdefault(part, nn.Cell())
         holder._cells[last] = self.views[place]
 
+    def replace_weight(self, name: str, attribute: str, parameter: Parameter) -> None:
+        """Put another Parameter, of the same name, in the place of an adapter's weight."""
+        patch = self.adapters._cells[name]
+        patch._params[attribute] = parameter
+        place, rest = place_of(patch.keys[attribute])
+        self.views[place].put(name, rest, parameter)
+
     def discard(self, name: str) -> None:
         if name not in self.adapters._cells:
             return
@@ -330,6 +339,41 @@ class TunerLayer(Wrapper):
     def bias(self) -> Parameter | None:
         return self.site.bias
 
+    def scales(self) -> dict[str, Scale]:
+        """The scales of the adapters here, as far as their method has one."""
+        found = {name: getattr(patch, "scale", None) for name, patch in self.held().items()}
+        return {name: scale for name, scale in found.items() if isinstance(scale, Scale)}
+
+    def rescale(self, numbers: Mapping[str, float]) -> None:
+        """Set the scalings of adapters here; compiled code sees it.
+
+        Raises:
+            MergeError: an adapter is merged here; a scaling cannot reach what is in the base weight.
+        """
+        self.check_unmerged()
+        stale = [self.scales()[name].set(number) for name, number in numbers.items()]
+        if any(stale):
+            drop_compiled()
+
+    def check_unmerged(self) -> None:
+        if self.merged:
+            raise MergeError(f"Adapters are merged at {self.site.path}: unmerge them before you change a scaling.")
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let an adapter count `scale` times what its config says; one that is not here is passed over, as in HF."""
+        self.rescale({name: scale * found.initial for name, found in self.scales().items() if name == adapter})
+
+    def scale_layer(self, scale: float) -> None:
+        """Let the active adapters count `scale` times what they do now."""
+        self.rescale({name: found.number * scale for name, found in self.scales().items() if name in self.active})
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without a number, let the active adapters count as their configs say."""
+        if scale == 0:
+            raise ZeroDivisionError("unscale_layer(0): what was multiplied by zero cannot be restored; leave it out")
+        active = {name: found for name, found in self.scales().items() if name in self.active}
+        self.rescale({name: s.initial if scale is None else s.number / scale for name, s in active.items()})
+
     def get_base_layer(self) -> nn.Cell:
         return self.base_layer
 
@@ -344,7 +388,7 @@ class TunerLayer(Wrapper):
         except AttributeError:
             adapters = self.__dict__.get("_cells", {}).get("adapters")
             patches = adapters._cells if adapters is not None else {}
-            if patches and all(name in patch.__dict__ or name in patch._cells for patch in patches.values()):
+            if patches and all(_has(patch, name) for patch in patches.values()):
                 return {key: getattr(patch, name) for key, patch in patches.items()}
             raise
 
@@ -413,6 +457,10 @@ class ModulesToSaveWrapper(Wrapper):
 
 def _at_least_float32(p: Parameter) -> Tensor:
     return ops.cast(p, ms.float32) if p.dtype in HALF_DTYPES else p
+
+
+def _has(patch: Patch, name: str) -> bool:
+    return name in patch.__dict__ or name in patch._cells or isinstance(getattr(type(patch), name, None), property)
 
 
 def copy_of(module: nn.Cell) -> nn.Cell:

@@ -4,8 +4,9 @@ Each checks first and changes then, and ends by dropping the process's compiled 
 model, of a `ms.jit` step around it or of `Model.train` compiles anew.
 """
 
+import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
@@ -14,7 +15,6 @@ from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core import inject
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
-from msft_peft.core.patch import place_of
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
 
 
@@ -103,6 +103,39 @@ def unmerge_first(model: nn.Cell, why: str) -> None:
         unmerge(model)
 
 
+@contextlib.contextmanager
+def rescale_adapter_scale(model: nn.Cell, multiplier: float) -> Iterator[None]:
+    """Multiply what all LoRA adapters add inside a `with` block; afterwards it is as before, also after an exception.
+
+    Compiled code sees it: it is compiled anew at both ends of the block, unless `prepare_model_for_compiled_hotswap`
+    has made the scalings live.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        multiplier: 0 acts like the base model, 0.5 like half of the adapter.
+
+    Raises:
+        TypeError: `multiplier` is no number.
+        ValueError: the model has no layers with a scaling.
+        MergeError: adapters are merged; a scaling cannot reach what is in the base weights.
+    """
+    if isinstance(multiplier, bool) or not isinstance(multiplier, int | float):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers = [layer for layer in layers_of(model) if layer.scales()]
+    if not layers:
+        raise ConfigError("scaling is only supported for models with `LoraLayer`s")
+    for layer in layers:
+        layer.check_unmerged()
+    before = [{name: scale.number for name, scale in layer.scales().items()} for layer in layers]
+    for layer, numbers in zip(layers, before):
+        layer.rescale({name: number * multiplier for name, number in numbers.items()})
+    try:
+        yield
+    finally:
+        for layer, numbers in zip(layers, before):
+            layer.rescale({name: number for name, number in numbers.items() if name in layer.held()})
+
+
 def cast_adapter_dtype(model: nn.Cell, adapter_name: str) -> None:
     """Give an adapter's half-precision weights float32; see `msft_peft.functional.cast_adapter_dtype`."""
     (name,) = require(model, adapter_name)
@@ -115,10 +148,8 @@ def cast_adapter_dtype(model: nn.Cell, adapter_name: str) -> None:
 def _to_float32(layer: TunerLayer, name: str) -> None:
     """New Parameters in the place of an adapter's weights here: a Parameter cannot change its dtype."""
     patch = layer.adapters[name]
-    for attribute, key in patch.keys.items():
+    for attribute in patch.keys:
         old = getattr(patch, attribute)
         new = Parameter(Tensor(as_float32(to_numpy(old))), name=old.name, requires_grad=old.requires_grad)
-        patch._params[attribute] = new
-        place, rest = place_of(key)
-        layer.views[place].put(name, rest, new)
+        layer.replace_weight(name, attribute, new)
     patch.dtype = ms.float32

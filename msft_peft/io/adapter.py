@@ -23,7 +23,7 @@ from msft_peft.core.inject import Adapter, lies_inside
 from msft_peft.core.keys import PREFIX
 from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
-from msft_peft.errors import LoadError, PeftWarning
+from msft_peft.errors import ConfigError, LoadError, PeftWarning
 from msft_peft.hosts import input_table, output_head
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -103,6 +103,15 @@ def _rename(key: str, key_mapping: Mapping[str, str]) -> str:
         if hits:
             return new
     return key
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike) -> bool:
+    """Whether a directory or Hub repository holds an adapter: an `adapter_config.json` that can be read."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (ConfigError, NotImplementedError):
+        return False
+    return True
 
 
 def read_tensors(

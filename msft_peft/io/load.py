@@ -117,7 +117,7 @@ def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
     entries = {PREFIX + key: named for key, named in adapter.entries(model).items()}
     # A file may also carry the base model's embeddings, see `embeddings_of`.
     carried = {PREFIX + key: named for key, named in embeddings_of(model, adapter).items()}
-    arrays = _by_key(tensors, adapter, model, entries | carried)
+    arrays = by_key(tensors, adapter, model)
     entries |= {key: named for key, named in carried.items() if key in arrays}
     pairs, mismatched = [], []
     for key in sorted(entries.keys() & arrays.keys()):
@@ -188,12 +188,17 @@ def _beside_patches(
             yield array, originals.get(named.key, named).read()
 
 
-def _by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell, entries: dict[str, Named]) -> dict[str, np.ndarray]:
+def by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.ndarray]:
     """The tensors by HF's keys and in HF's shapes; what is unknown keeps the key that it has.
 
     Known besides HF's keys are the same without their prefix, and parameter names under the adapter's name here or the
     one that it had when the tensors were stored: those of a MindSpore checkpoint or of `parameters_dict()`.
+
+    Raises:
+        LoadError: two tensors have the same key.
     """
+    entries = {PREFIX + key: named for key, named in adapter.entries(model).items()}
+    entries |= {PREFIX + key: named for key, named in embeddings_of(model, adapter).items()}
     known: dict[str, str] = {}
     for name in {"default", adapter.name, tensors.adapter or adapter.name}:
         for key, named in replace(adapter, name=name).entries(model).items():

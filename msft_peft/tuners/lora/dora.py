@@ -38,7 +38,8 @@ class DoraPatch(LoraPatch):
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """(W, A, B) as matrices (out, in), (r, in), (out, r)."""
         w = ops.reshape(self.base_weight(), (self.site.out_features, -1))
-        return w, ops.reshape(self.lora_A, (self.r, -1)), ops.reshape(self.lora_B, (-1, self.r))
+        rank = self.lora_A.shape[0]
+        return w, ops.reshape(self.lora_A, (rank, -1)), ops.reshape(self.lora_B, (-1, rank))
 
     def norm(self) -> Tensor:
         """(out,): the lengths of the rows of W + s·B·A."""

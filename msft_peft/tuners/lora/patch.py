@@ -1,11 +1,16 @@
 """LoRA's mathematics: a low-rank product beside the base layer."""
 
 import math
+from typing import Any, ClassVar
 
-from mindspore import Tensor, nn, ops
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Initializer, Normal
 
+from msft_peft.backend.arrays import to_numpy
+from msft_peft.backend.tree import Named
 from msft_peft.core.patch import Patch
+from msft_peft.core.scale import Scale
 from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, MergeError
 from msft_peft.hosts import Site
@@ -43,11 +48,21 @@ class LoraPatch(Patch):
 
     def hyperparameters(self, site: Site, config: LoraConfig) -> None:
         """Rank and scaling of this layer: its own patterns first, then the config's."""
-        self.r = match_pattern(config.rank_pattern, site.path, config.r)
-        self.lora_alpha = match_pattern(config.alpha_pattern, site.path, config.lora_alpha)
-        self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.r, self.lora_alpha, scaling = self.settings(config)
+        self.scale = Scale(scaling)
         if config.alora_invocation_tokens is not None:
             self.invocation = tuple(config.alora_invocation_tokens)
+
+    def settings(self, config: LoraConfig) -> tuple[int, float, float]:
+        """(rank, alpha, scaling) of this layer by the config."""
+        r = match_pattern(config.rank_pattern, self.site.path, config.r)
+        alpha = match_pattern(config.alpha_pattern, self.site.path, config.lora_alpha)
+        return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+    @property
+    def scaling(self) -> Any:
+        """The factor in effect: a number, or a Parameter once it is live."""
+        return self.scale.value
 
     def init_of_a(self, config: LoraConfig) -> Initializer:
         return Normal(1 / self.r) if config.init == "gaussian" else he_uniform()
@@ -74,9 +89,54 @@ class LoraPatch(Patch):
         return not self.has_bias
 
     def delta_weight(self) -> Tensor:
-        b = ops.reshape(self.lora_B, (self.site.out_features, self.r))
-        a = ops.reshape(self.lora_A, (self.r, -1))
+        b = ops.reshape(self.lora_B, (self.site.out_features, -1))
+        a = ops.reshape(self.lora_A, (self.lora_A.shape[0], -1))
         return ops.reshape(ops.mul(ops.matmul(b, a), self.scaling), self.site.shape)
+
+    # --- room for higher ranks ----------------------------------------------------------------------------------
+
+    # The axis of each weight that counts ranks.
+    _rank_axes: ClassVar[dict[str, int]] = {
+        "lora_A": 0,
+        "lora_B": 1,
+        "lora_embedding_A": 0,
+        "lora_embedding_B": 1,
+    }
+
+    @property
+    def room(self) -> int:
+        """The highest rank that the weights as stored can hold."""
+        return next(
+            getattr(self, attribute).shape[0] for attribute in self.keys if self._rank_axes.get(attribute) == 0
+        )
+
+    def shape_at(self, attribute: str, rank: int) -> tuple[int, ...]:
+        """The shape of a weight in an adapter of this rank."""
+        shape = list(getattr(self, attribute).shape)
+        axis = self._rank_axes.get(attribute)
+        if axis is not None:
+            shape[axis] = rank if axis == 0 else rank // self.site.groups
+        return tuple(shape)
+
+    def shape_of(self, attribute: str) -> tuple[int, ...]:
+        return self.shape_at(attribute, self.r)
+
+    def blocks_of(self, attribute: str) -> int:
+        # The outputs of A are divided among the groups of B.
+        return self.site.groups if attribute == "lora_A" else 1
+
+    def padded(self, rank: int) -> dict[str, Parameter]:
+        """The weights with zeros added up to this rank, as new Parameters."""
+        found = {}
+        for attribute in self.keys:
+            old = getattr(self, attribute)
+            shape = self.shape_at(attribute, rank)
+            if shape != tuple(old.shape):
+                values, blocks = to_numpy(old), self.blocks_of(attribute)
+                new = Parameter(Tensor(np.zeros(shape, values.dtype)), name=old.name, requires_grad=old.requires_grad)
+                Named("", "", new, tuple(old.shape), blocks).write(values)
+                found[attribute] = new
+        return found
 
     def check_mergeable(self) -> None:
         if self.invocation is not None:
