@@ -24,6 +24,7 @@ from msft_peft.io.state import (
     set_peft_model_state_dict,
 )
 from msft_peft.model import (
+    PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -64,6 +65,7 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

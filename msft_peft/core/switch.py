@@ -68,10 +68,7 @@ def delete_adapter(model: nn.Cell, adapter_name: str) -> None:
     configs = inject.configs_of(model)
     if adapter_name not in configs:
         raise AdapterNameError(f"Adapter {adapter_name} does not exist. There are {sorted(configs)}.")
-    if any(adapter_name in layer.merged_adapters for layer in layers_of(model)):
-        raise MergeError(
-            f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
-        )
+    check_not_merged(model, [adapter_name])
     was_active = adapter_name in inject.active_of(model)
     inject.discard(model, adapter_name)
     left = inject.configs_of(model)
@@ -84,6 +81,14 @@ def delete_adapter(model: nn.Cell, adapter_name: str) -> None:
         )
         set_adapter(model, heir, inference_mode=left[heir].inference_mode)
     drop_compiled()
+
+
+def check_not_merged(model: nn.Cell, names: Iterable[str]) -> None:
+    """Raise MergeError if one of these adapters, which are to be deleted, is merged."""
+    merged = {name for layer in layers_of(model) for name in layer.merged_adapters}
+    stuck = [name for name in names if name in merged]
+    if stuck:
+        raise MergeError(f"Cannot delete adapter(s) {stuck} while they are merged. Please unmerge them first.")
 
 
 def unmerge(model: nn.Cell) -> None:

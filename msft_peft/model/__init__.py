@@ -1,6 +1,7 @@
 """PeftModel, its task classes, and `get_peft_model`."""
 
 from msft_peft.model.build import get_peft_model
+from msft_peft.model.mixed import PeftMixedModel
 from msft_peft.model.peft_model import PeftModel
 from msft_peft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from msft_peft.model.tasks import (
@@ -13,6 +14,7 @@ from msft_peft.model.tasks import (
 )
 
 __all__ = [
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

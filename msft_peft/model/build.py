@@ -9,6 +9,7 @@ from msft_peft.config import PeftConfig
 from msft_peft.core.inject import configs_of
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import model_config
+from msft_peft.model.mixed import PeftMixedModel
 from msft_peft.model.peft_model import PeftModel
 
 
@@ -27,13 +28,13 @@ def get_peft_model(
         model: any `nn.Cell`; it is changed in place, and none of its weights is copied.
         peft_config: the method and its settings; it is copied.
         adapter_name: the adapter's name.
-        mixed: adapters of different methods in one model; not built yet.
+        mixed: for adapters of different methods in one model; see `PeftMixedModel`.
         autocast_adapter_dtype: keep adapter weights in float32 where the base is in half precision.
         revision: of the base model, noted in the saved config.
         low_cpu_mem_usage: draw no random weights, since they are about to be loaded; until then they are NaN.
 
     Returns:
-        A `PeftModel`, of the class that the config's `task_type` names.
+        A `PeftModel`, of the class that the config's `task_type` names, or a `PeftMixedModel`.
 
     Raises:
         ConfigError: the config is none, or of an unknown method, or names layers that the method cannot work on.
@@ -44,8 +45,6 @@ def get_peft_model(
     """
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"The input config must be a PeftConfig, got {type(peft_config)}")
-    if mixed:
-        raise NotImplementedError("mixed=True (adapters of different methods in one model) is not built yet")
     if configs_of(model):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
@@ -65,4 +64,5 @@ def get_peft_model(
         )
     config.base_model_name_or_path = name or config.base_model_name_or_path
     config.revision = revision or config.revision
-    return PeftModel._for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    kind = PeftMixedModel if mixed else PeftModel._for_task(config)
+    return kind(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -121,15 +121,6 @@ def test_what_is_no_config_is_refused(nested: Case, config: Any):
 
 
 @nested
-def test_what_is_not_built_is_refused_first(nested: Case):
-    base = nested.base()
-    before = state_of(base)
-    with pytest.raises(NotImplementedError, match="mixed"):
-        get_peft_model(base, nested.config(), mixed=True)
-    assert state_of(base) == before
-
-
-@nested
 def test_a_taken_name_is_refused(nested: Case):
     base = nested.base()
     inject_adapter_in_model(nested.config(), base)

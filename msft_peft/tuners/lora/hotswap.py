@@ -120,7 +120,7 @@ def prepare_model_for_compiled_hotswap(
         ValueError: no LoRA layers, a rank below one that is there, or an adapter that is merged or has changed the
             base weights.
 
-    Differs: HF's padded adapters are saved padded, under a config whose scaling is then another one.
+    Differs: HF's padded adapters are saved padded, and do not load again by their config.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(f"check_compiled must be one of 'error', 'warn' or 'ignore', got {check_compiled!r}")
