@@ -115,12 +115,18 @@ class Named(NamedTuple):
         return tuple(slice(size) for size in self._split(self.shape))
 
 
-def named_parameters(root: nn.Cell, prefix: str = "") -> Iterator[Named]:
-    """Every parameter below `root`, once: `key` and `shape` as in torch's files, `local` its path here."""
+def named_parameters(root: nn.Cell, prefix: str = "", tied: bool = False) -> Iterator[Named]:
+    """Every parameter below `root`, once: `key` and `shape` as in torch's files, `local` its path here.
+
+    Args:
+        root: where to look.
+        prefix: stands before the names.
+        tied: give a parameter that stands in several places under each of its names, as torch's files have it.
+    """
     seen = set()
     for path, cell in root.cells_and_names(name_prefix=prefix):
         for local, p in cell._params.items():
-            if p is not None and id(p) not in seen:
+            if p is not None and (tied or id(p) not in seen):
                 seen.add(id(p))
                 dot = f"{path}." if path else ""
                 shape = torch_shape(cell, local, tuple(p.shape))

@@ -70,7 +70,7 @@ class Adapter:
                 key, shape = f"{path}.{suffix}", patch.shape_of(attribute)
                 found[key] = Named(key, local, p, shape, patch.blocks_of(attribute))
         for path, module in self.modules.items():
-            for named in named_parameters(module):
+            for named in named_parameters(module, tied=True):
                 key, local = f"{path}.{named.key}", f"{path}.modules_to_save.{self.name}.{named.local}"
                 found[key] = named._replace(key=key, local=local)
         return found | self.biases(model)

@@ -43,6 +43,13 @@ class Scale:
         self.value = number
         return changed
 
+    def __deepcopy__(self, memo: dict) -> "Scale":
+        twin = Scale(self.initial)
+        twin.value = self.number
+        if self.live:
+            twin.make_live(self.value.dtype)
+        return twin
+
     def make_live(self, dtype: Any) -> None:
         """Let compiled code see every later change; `dtype` is that of the weights that it multiplies."""
         if not self.live:

@@ -44,7 +44,15 @@ def save_tensors(directory: Path, name: str, entries: Mapping[str, Named]) -> No
     arrays = {PREFIX + key: named.read() for key, named in ordered}
     with replacing(directory / SAFETENSORS_NAME) as path:
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
-    parameters = [{"name": PREFIX + named.local, "data": _as_stored(named)} for _, named in ordered]
+    # MindSpore knows a tied parameter by its first name alone.
+    first: dict[int, str] = {}
+    for key, named in entries.items():
+        first.setdefault(id(named.parameter), key)
+    parameters = [
+        {"name": PREFIX + named.local, "data": _as_stored(named)}
+        for key, named in ordered
+        if first[id(named.parameter)] == key
+    ]
     with replacing(directory / CKPT_NAME) as path:
         ms.save_checkpoint(parameters, str(path), append_dict={_ADAPTER_ENTRY: name})
 

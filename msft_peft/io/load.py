@@ -126,11 +126,14 @@ def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
             pairs.append((entries[key], arrays[key]))
         else:
             mismatched.append(f"{key}: the file has shape {found}, the model {wanted}")
+    # A tied parameter has several keys, of which one is enough.
+    given = {id(entries[key].parameter) for key in entries.keys() & arrays.keys()}
+    missing = sorted(key for key, named in entries.items() if key not in arrays and id(named.parameter) not in given)
     report = LoadReport(
         adapter_name=adapter.name,
         origin=str(tensors.origin),
         applied=tuple(PREFIX + named.key for named, _ in pairs),
-        missing_keys=tuple(sorted(entries.keys() - arrays.keys())),
+        missing_keys=tuple(missing),
         unexpected_keys=tuple(sorted(arrays.keys() - entries.keys())),
         mismatched=tuple(mismatched),
     )
@@ -181,7 +184,7 @@ def _beside_patches(
     for path in adapter.modules:
         cell = get_child(model, path)
         base = cell.base() if isinstance(cell, Wrapper) else cell
-        originals |= {named.key: named for named in named_parameters(base, path)}
+        originals |= {named.key: named for named in named_parameters(base, path, tied=True)}
     mine = {id(p) for patch in adapter.patches.values() for p in patch.get_parameters()}
     for named, array in pairs:
         if id(named.parameter) not in mine:

@@ -117,7 +117,10 @@ def get_base_model_state_dict(model: nn.Cell) -> dict[str, Parameter]:
     Returns:
         The Parameters themselves, as `Cell.parameters_dict` gives them: nothing is copied.
     """
-    return {name: p for name, (p, _) in _base_parameters(base_of(model)).items()}
+    first: dict[int, tuple[str, Parameter]] = {}
+    for name, (p, _) in _base_parameters(base_of(model)).items():
+        first.setdefault(id(p), (name, p))
+    return dict(first.values())
 
 
 def set_base_model_state_dict(model: nn.Cell, state_dict: State, strict: bool = True) -> LoadReport:
@@ -137,12 +140,13 @@ def set_base_model_state_dict(model: nn.Cell, state_dict: State, strict: bool = 
     base = base_of(model)
     own, arrays = _base_parameters(base), as_arrays(state_dict)
     both = sorted(own.keys() & arrays.keys())
+    given = {id(own[name][0]) for name in both}
     wrong = [name for name in both if arrays[name].shape not in (tuple(own[name][0].shape), own[name][1])]
     report = LoadReport(
         adapter_name="",
         origin="The given state dict",
         applied=tuple(name for name in both if name not in wrong),
-        missing_keys=tuple(sorted(own.keys() - arrays.keys())),
+        missing_keys=tuple(sorted(name for name in own.keys() - arrays.keys() if id(own[name][0]) not in given)),
         unexpected_keys=tuple(sorted(arrays.keys() - own.keys())),
         mismatched=tuple(
             f"{name}: the state dict has shape {arrays[name].shape}, the model {tuple(own[name][0].shape)}"
@@ -158,16 +162,14 @@ def set_base_model_state_dict(model: nn.Cell, state_dict: State, strict: bool = 
 
 
 def _base_parameters(base: nn.Cell) -> dict[str, tuple[Parameter, tuple[int, ...]]]:
-    """The base model's parameters by their names before wrapping, with the shapes that torch gives them."""
+    """The base model's parameters by all their names before wrapping, with the shapes that torch gives them."""
     found: dict[str, tuple[Parameter, tuple[int, ...]]] = {}
-    seen: set[int] = set()
 
     def walk(cell: nn.Cell, path: str) -> None:
         while isinstance(cell, Wrapper):
             cell = cell.base()
         for local, p in cell._params.items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
+            if p is not None:
                 found[f"{path}{local}"] = (p, torch_shape(cell, local, tuple(p.shape)))
         for key, child in cell._cells.items():
             if child is not None:
@@ -188,7 +190,9 @@ def taken_from(state_dict: State, entries: Mapping[str, Named], prefix: str = PR
     Raises:
         LoadError: some are not there, or have other shapes; they are listed.
     """
-    names = {key: prefix + named.local for key, named in entries.items()}
+    # A tied parameter has several names, of which one is enough.
+    there = {id(n.parameter): prefix + n.local for n in entries.values() if prefix + n.local in state_dict}
+    names = {key: there.get(id(named.parameter), prefix + named.local) for key, named in entries.items()}
     absent = sorted(name for name in names.values() if name not in state_dict)
     if absent:
         raise LoadError(f"The given state_dict lacks tensors that the adapter has: {absent}.")

@@ -1,5 +1,6 @@
 """Another adapter's numbers under compiled code, with no recompilation; and scalings that change."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,30 @@ def test_the_scale_of_a_layer(mode: str):
     for call in (lambda: layer.set_scale("default", 2), lambda: layer.scale_layer(2), layer.unscale_layer):
         with pytest.raises(ValueError, match="Adapters are merged at lin0"):
             call()
+
+
+class Difference(nn.Cell):
+    def __init__(self, one: nn.Cell, other: nn.Cell) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.one(x) - self.other(x)
+
+
+@pytest.mark.graph
+def test_a_copy_of_a_prepared_model_has_scalings_of_its_own():
+    """A frozen reference beside the model that trains, in one graph."""
+    model = adapter("dense", 4, 8)
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    reference = copy.deepcopy(model)
+    both = Difference(model, reference)
+    x, call = model.sample(), users_jit(both)
+    assert not differ(call(x), 0 * output(model))
+    for layer in layers_of(reference):
+        layer.set_scale("default", 0.5)
+    assert_same(call(x), output(model) - output(reference))
+    assert differ(call(x), 0 * output(model))
 
 
 def test_is_it_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -372,6 +372,53 @@ def test_base_weights_that_do_not_fit_change_nothing():
     assert report.missing_keys == ("head.bias",)
 
 
+class Pair(nets.nn.Cell):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nets.nn.Dense(4, 4)
+        self.pair = nets.nn.SequentialCell(nets.nn.Dense(4, 4, has_bias=False), nets.nn.Dense(4, 4, has_bias=False))
+        self.pair[1].weight = self.pair[0].weight
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.pair(self.lin(x))
+
+    def sample(self) -> Tensor:
+        return nets.floats(2, 4)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.ckpt"])
+def test_50_tied_weights_are_saved_under_each_of_their_names(file: str, tmp_path: Path):
+    ms.set_seed(3)
+    model = get_peft_model(Pair(), LoraConfig(target_modules=["lin"], modules_to_save=["pair"]))
+    shake(model.trainable_params())
+    state = get_peft_model_state_dict(model)
+    assert {f"{P}pair.0.weight", f"{P}pair.1.weight"} <= state.keys()
+    model.save_pretrained(tmp_path)
+    assert set(load_peft_weights(tmp_path)) == set(state)
+    (tmp_path / ({"adapter_model.safetensors", "adapter_model.ckpt"} - {file}).pop()).unlink()
+    ms.set_seed(3)
+    assert_same(output(PeftModel.from_pretrained(Pair(), tmp_path)), output(model), "exact")
+    del state[f"{P}pair.0.weight"]
+    assert set_peft_model_state_dict(model, state).missing_keys == ()
+    snapshot = {p.name: array(p) for p in model.get_parameters()}
+    assert set(get_peft_model_state_dict(model, snapshot)) == {*state, f"{P}pair.0.weight"}
+
+
+def test_54_tied_base_weights_may_come_under_any_of_their_names():
+    model = get_peft_model(nets.Tied(), LoraConfig(target_modules=["lin"]))
+    state = {name: array(p) + 1 for name, p in get_base_model_state_dict(model).items()}
+    (table,) = (name for name in state if name.startswith("emb"))
+    both = state | {"head.weight": state[table]}
+    assert set_base_model_state_dict(model, both).applied == tuple(sorted(both))
+    del both[table]
+    assert set_base_model_state_dict(model, both).missing_keys == ()
+    del both["head.weight"]
+    with pytest.raises(LoadError, match="missing"):
+        set_base_model_state_dict(model, both)
+
+
 def test_base_weights_of_unwrapped_models_and_tied_ones():
     assert set(get_base_model_state_dict(nets.Tied())) == set(nets.Tied().parameters_dict())
     model = get_peft_model(nets.Tied(), LoraConfig(target_modules=["lin"]))
