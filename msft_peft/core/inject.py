@@ -146,7 +146,7 @@ def prepare(
     classes = method.patches_for(config)
     patches = {path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()}
     if method.extras is not None:
-        extras = method.extras(model, config, cells, autocast)
+        extras = method.extras(model, config, cells, autocast, low_cpu_mem_usage)
         _check_extras(model, extras, {*patches, *modules})
         patches |= extras
     _check_residual(model, name, patches)

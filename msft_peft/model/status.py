@@ -19,7 +19,9 @@ _KIND_NAMES = {
     "conv1d": "Conv1d",
     "conv2d": "Conv2d",
     "conv3d": "Conv3d",
+    "parameter": "ParamWrapper",
 }
+_TOKENS = "TrainableTokensLayer"
 
 
 @dataclass
@@ -142,10 +144,10 @@ def get_model_status(model: nn.Cell) -> TunerModelStatus:
 
 
 def _layer_status(name: str, wrapper: Wrapper, base: nn.Cell) -> TunerLayerStatus:
-    held = wrapper.held()
+    held, kind = wrapper.held(), _module_type(wrapper, base)
     return TunerLayerStatus(
-        name=name,
-        module_type=_module_type(wrapper, base),
+        name=f"{name}.token_adapter" if kind == _TOKENS else name,
+        module_type=kind,
         enabled=wrapper.enabled,
         active_adapters=_active(wrapper, base),
         merged_adapters=wrapper.merged_adapters if isinstance(wrapper, TunerLayer) else [],
@@ -158,6 +160,8 @@ def _layer_status(name: str, wrapper: Wrapper, base: nn.Cell) -> TunerLayerStatu
 def _module_type(wrapper: Wrapper, base: nn.Cell) -> str:
     if not isinstance(wrapper, TunerLayer):
         return type(wrapper).__name__
+    if wrapper.held() and all(patch.auxiliary for patch in wrapper.held().values()):
+        return _TOKENS
     kind = _KIND_NAMES.get(wrapper.site.kind, wrapper.site.kind)
     configs = inject.configs_of(base)
     # A layer whose adapters were deleted is still named after the method of the others.

@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import safetensors.numpy
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from msft_peft import (
     LoraConfig,
@@ -202,6 +202,57 @@ def test_63_layers_that_the_new_adapter_lacks_add_nothing(dora: bool):
     swap(model, other)
     assert_same(output(model), output(other))
     assert model.peft_config["default"].target_modules == ["lin0", "lin1"]
+
+
+class Experts(nn.Cell):
+    """Three matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = Parameter(np.random.default_rng(0).standard_normal((3, 5, 6)).astype(np.float32), name="w")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.matmul(x, ops.transpose(self.w, (0, 2, 1)))
+
+
+class Mixture(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.experts(x)
+
+    def sample(self) -> Tensor:
+        return nets.floats(2, 6)
+
+
+def test_adapters_of_single_parameters_are_swapped(mode: str, tmp_path: Path):
+    model, other = (
+        get_peft_model(Mixture(), LoraConfig(r=r, target_modules=[], target_parameters=["experts.w"])) for r in (2, 3)
+    )
+    for seed, one in enumerate((model, other)):
+        shake(one.trainable_params(), seed + 1)
+    expected = output(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert_same(model(model.sample()), expected)
+    swap(model, other)
+    assert_same(model(model.sample()), output(other))
+    model.save_pretrained(tmp_path)
+    assert_same(output(PeftModel.from_pretrained(Mixture(), tmp_path)), output(other))
+
+
+@pytest.mark.parametrize("tokens", [[1], [2, 3], None])
+def test_other_trainable_tokens_are_refused(tokens: list | None):
+    model, other = (
+        adapter("embedding", 2, 4, trainable_token_indices=some and {"emb": some}, target_modules=["lin"])
+        for some in ([1, 2], tokens)
+    )
+    with pytest.raises(ValueError, match="Configs are incompatible: for trainable_token_indices"):
+        swap(model, other)
+    same = adapter("embedding", 2, 4, seed=3, trainable_token_indices={"emb": [1, 2]}, target_modules=["lin"])
+    swap(model, same)
+    assert_same(output(model), output(same))
 
 
 def test_patterns_of_ranks_are_followed():

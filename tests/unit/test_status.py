@@ -68,6 +68,22 @@ def test_status_of_every_kind_of_layer():
     assert status.num_adapter_layers == 6
 
 
+def test_status_of_single_parameters_and_of_tokens():
+    class Model(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.lin, self.stack = nn.Embedding(5, 4), nn.Dense(4, 4), nn.Dense(4, 4)
+
+    model = get_peft_model(
+        Model(), config("lin", target_parameters=["stack.weight"], trainable_token_indices={"emb": [1]})
+    )
+    assert [(layer.name, layer.module_type) for layer in model.get_layer_status()] == [
+        ("model.emb.token_adapter", "TrainableTokensLayer"),
+        ("model.lin", "lora.Linear"),
+        ("model.stack", "lora.ParamWrapper"),
+    ]
+
+
 def test_irregular_states_are_told():
     model = get_peft_model(nets.Blocks(), config())
     first, second = layers_of(model)[:2]

@@ -21,7 +21,7 @@ TOKEN_KEY = f"token_adapter.{DELTA}"
 
 
 def extra_patches(
-    model: nn.Cell, config: LoraConfig, cells: Mapping[str, nn.Cell], autocast: bool
+    model: nn.Cell, config: LoraConfig, cells: Mapping[str, nn.Cell], autocast: bool, low_cpu_mem_usage: bool
 ) -> dict[str, Patch]:
     """The Patches beside those at the target layers, by path.
 
@@ -29,7 +29,8 @@ def extra_patches(
         NoMatchingPeftModuleError: a name matches nothing.
         ConfigError: what is named is no place for them.
     """
-    return token_patches(model, config, cells, autocast) | parameter_patches(model, config, autocast)
+    tokens = token_patches(model, config, cells, autocast)
+    return tokens | parameter_patches(model, config, autocast, low_cpu_mem_usage)
 
 
 def token_patches(
@@ -82,7 +83,7 @@ def _rows_of(cell: nn.Cell, path: str) -> Site:
     return site
 
 
-def parameter_patches(model: nn.Cell, config: LoraConfig, autocast: bool) -> dict[str, Patch]:
+def parameter_patches(model: nn.Cell, config: LoraConfig, autocast: bool, low_cpu_mem_usage: bool) -> dict[str, Patch]:
     """Those of `target_parameters`. Several in one module are wrapped around each other, the first one innermost."""
     wanted = config.target_parameters
     _check_same_parameters(model, wanted)
@@ -100,7 +101,7 @@ def parameter_patches(model: nn.Cell, config: LoraConfig, autocast: bool) -> dic
         # What stands there already moves one level in.
         here = [path for path in found if path.split(".base_layer")[0] == owner]
         found |= {f"{path}.base_layer": found.pop(path) for path in sorted(here, key=len, reverse=True)}
-        found[owner] = LoraParameterPatch(site, config, autocast)
+        found[owner] = LoraParameterPatch(site, config, autocast, low_cpu_mem_usage)
     unmatched = [name for name in wanted or [] if not any(matches_name(key, [name]) for key in named)]
     if unmatched:
         raise NoMatchingPeftModuleError(

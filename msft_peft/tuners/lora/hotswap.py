@@ -25,6 +25,8 @@ from msft_peft.tuners.lora.patch import LoraPatch
 
 # What compiled code holds as constants, or the formula itself depends on.
 _EQUAL = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+# The same, for what HF does not look at.
+_CONSTANT = ("alora_invocation_tokens", "trainable_token_indices", "target_parameters", "layer_replication")
 # Adapters that begin so belong to a base model whose weights were changed with them.
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -197,9 +199,10 @@ def _check_formula(adapter: Adapter, config: LoraConfig, base: nn.Cell) -> None:
                 f"An adapter with init_lora_weights={init!r} belongs to base weights that were changed with it, and "
                 "cannot be swapped. Save it as a plain LoRA first."
             )
-    mine, new = (getattr(side, "alora_invocation_tokens", None) for side in (adapter.config, config))
-    if mine != new:
-        raise ConfigError(f"Configs are incompatible: for alora_invocation_tokens, {mine} != {new}")
+    for name in _CONSTANT:
+        mine, new = getattr(adapter.config, name), getattr(config, name)
+        if mine != new:
+            raise ConfigError(f"Configs are incompatible: for {name}, {mine} != {new}")
     if any(adapter.name in layer.given for layer in switch.layers_of(base)):
         raise AdapterNameError(f"Adapter {adapter.name} has changed the base weights: delete it instead.")
 

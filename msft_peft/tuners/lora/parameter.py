@@ -37,6 +37,7 @@ class LoraParameterPatch(LoraPatch):
         self.has_bias = False
 
     def delta_weight(self) -> Tensor:
-        a = ops.reshape(self.lora_A, (self.experts, self.r, -1))
-        b = ops.transpose(ops.reshape(self.lora_B, (-1, self.r, self.experts)), (2, 0, 1))
+        rank = self.lora_A.shape[0] // self.experts
+        a = ops.reshape(self.lora_A, (self.experts, rank, -1))
+        b = ops.transpose(ops.reshape(self.lora_B, (-1, rank, self.experts)), (2, 0, 1))
         return ops.reshape(ops.mul(ops.bmm(b, a), self.scaling), self.site.shape)

@@ -95,6 +95,8 @@ class LoraPatch(Patch):
 
     # --- room for higher ranks ----------------------------------------------------------------------------------
 
+    # How many updates stand in one weight, see LoraParameterPatch.
+    experts: int = 1
     # The axis of each weight that counts ranks.
     _rank_axes: ClassVar[dict[str, int]] = {
         "lora_A": 0,
@@ -106,24 +108,23 @@ class LoraPatch(Patch):
     @property
     def room(self) -> int:
         """The highest rank that the weights as stored can hold."""
-        return next(
-            getattr(self, attribute).shape[0] for attribute in self.keys if self._rank_axes.get(attribute) == 0
-        )
+        first = next(attribute for attribute in self.keys if self._rank_axes.get(attribute) == 0)
+        return getattr(self, first).shape[0] // self.experts
 
     def shape_at(self, attribute: str, rank: int) -> tuple[int, ...]:
         """The shape of a weight in an adapter of this rank."""
         shape = list(getattr(self, attribute).shape)
         axis = self._rank_axes.get(attribute)
         if axis is not None:
-            shape[axis] = rank if axis == 0 else rank // self.site.groups
+            shape[axis] = rank * self.experts if axis == 0 else rank * self.experts // self.site.groups
         return tuple(shape)
 
     def shape_of(self, attribute: str) -> tuple[int, ...]:
         return self.shape_at(attribute, self.r)
 
     def blocks_of(self, attribute: str) -> int:
-        # The outputs of A are divided among the groups of B.
-        return self.site.groups if attribute == "lora_A" else 1
+        # The outputs of A are divided among the groups of B, or among experts.
+        return self.site.groups * self.experts if attribute == "lora_A" else 1
 
     def padded(self, rank: int) -> dict[str, Parameter]:
         """The weights with zeros added up to this rank, as new Parameters."""
