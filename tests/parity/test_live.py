@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel as HfPeftModel
 
 from msft_peft import LoraConfig, PeftModel, get_peft_model
+from tests.cases import layers_of
 
 from . import make_goldens, ours, theirs
 from .cases import CASES, Case, Record, case, compare, same
@@ -298,7 +299,7 @@ def test_a_broken_scaling_would_be_seen():
     """The comparison itself: an output from a scaling that is 1 % off is no match."""
     weights, x, target, found = golden("linear")
     model = ours.load(CASES["linear"], weights, LORA / "linear")
-    for layer in model.base_model._layers():
-        layer.adapters["default"].scaling *= 1.01
+    for layer in layers_of(model):
+        layer.scale_layer(1.01)
     with pytest.raises(AssertionError, match="output"):
         compare(ours.record(model, x, target), Record(**vars(found)))
