@@ -24,11 +24,10 @@ from msft_peft.model import (
     get_peft_model,
 )
 from msft_peft.registry import discover, get_peft_config, peft_types
-from msft_peft.tuners.lora import LoraConfig, LoraRuntimeConfig
+from msft_peft.tuners.lora import LoraConfig, LoraModel, LoraRuntimeConfig
 
 discover(tuners)
 PeftType = peft_types()
-LoraModel = Tuner
 
 __version__ = "0.1.0"
 

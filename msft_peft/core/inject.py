@@ -252,9 +252,9 @@ def configs_of(model: nn.Cell) -> dict[str, PeftConfig]:
     return getattr(model, "peft_config", {})
 
 
-def settle(root: nn.Cell) -> None:
+def settle(root: nn.Cell, prefix: str = "") -> None:
     """What must follow every edit of the tree: parameters are named after their paths, compiled graphs are dropped."""
-    refresh_names(root)
+    refresh_names(root, prefix)
     drop_compiled()
 
 

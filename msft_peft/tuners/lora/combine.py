@@ -41,8 +41,9 @@ def random_pruning(tensor: Array, density: float, rescale: bool) -> Array:
 
 
 def prune(tensor: Array, density: float, method: str, rescale: bool = False) -> Array:
-    """The tensor thinned out to a share `density` of its entries, "magnitude" or "random"; whole, with a warning, if
-    that share is 1 or more.
+    """The tensor thinned out to a share `density` of its entries, by "magnitude" or at "random".
+
+    A density of 1 or more leaves it whole, with a warning.
 
     Raises:
         ConfigError: a negative density, or an unknown method.
@@ -94,12 +95,12 @@ def magnitude_prune(task_tensors: Sequence[Array], weights: Array, density: floa
     return task_arithmetic([prune(t, density, "magnitude") for t in task_tensors], weights)
 
 
-def ties(
-    task_tensors: Sequence[Array], weights: Array, density: float, majority_sign_method: str = "total"
-) -> Array:
-    """Trim by magnitude, elect a sign for each entry, average what agrees. Source: Yadav et al. 2023, arXiv:2306.01708.
+def ties(task_tensors: Sequence[Array], weights: Array, density: float, majority_sign_method: str = "total") -> Array:
+    """Trim by magnitude, elect a sign for each entry, average what agrees.
 
     The weights come in after the election: a negative one turns a vote into its opposite only in the sum.
+
+    Source: Yadav et al. 2023, arXiv:2306.01708.
     """
     return _elect([prune(t, density, "magnitude") for t in task_tensors], weights, majority_sign_method)
 
@@ -212,11 +213,12 @@ def combine(
 
 
 def truncated_svd(delta: Array, rank: int, clamp: float | None = None) -> tuple[Array, Array]:
-    """A (rank, in) with orthonormal rows and B (out, rank), whose product is the nearest to delta (out, in) of all of
-    this rank. Where the rank exceeds the matrix's, both are filled up with zeros.
+    """A (rank, in) with orthonormal rows, and B (out, rank): of all such products B·A is the nearest to delta.
+
+    Where the rank exceeds the smaller side of delta, both are filled up with zeros.
 
     Args:
-        delta: the matrix.
+        delta: the matrix (out, in).
         rank: of the product, at most.
         clamp: cut all entries of A and B off at ± their quantile `clamp`, taken over both.
     """
