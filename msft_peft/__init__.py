@@ -24,7 +24,7 @@ from msft_peft.model import (
     get_peft_model,
 )
 from msft_peft.registry import discover, get_peft_config, peft_types
-from msft_peft.tuners.lora import LoraConfig, LoraModel, LoraRuntimeConfig
+from msft_peft.tuners.lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora
 
 discover(tuners)
 PeftType = peft_types()
@@ -53,7 +53,9 @@ __all__ = [
     "PeftWarning",
     "TaskType",
     "Tuner",
+    "convert_to_lora",
     "get_peft_config",
     "get_peft_model",
     "inject_adapter_in_model",
+    "save_as_lora",
 ]

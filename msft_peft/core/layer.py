@@ -337,6 +337,10 @@ class TunerLayer(Wrapper):
         """What an additive adapter adds to the base weight, as the layer stores it."""
         return self.site.to_storage(self.adapters[adapter].delta_weight(), tuple(self.weight.shape))
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether what the adapter does here is to add to a weight that a low-rank product can be added to."""
+        return adapter_name in self.held() and self.adapters[adapter_name].additive and self.site.groups == 1
+
     def __getattr__(self, name: str) -> Any:
         """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name."""
         try:

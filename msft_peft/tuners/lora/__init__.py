@@ -4,10 +4,20 @@ from msft_peft.registry import Method
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
 from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
 from msft_peft.tuners.lora.extras import extra_patches
+from msft_peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from msft_peft.tuners.lora.model import LoraModel
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 
-__all__ = ["METHOD", "LoraConfig", "LoraEmbeddingPatch", "LoraModel", "LoraPatch", "LoraRuntimeConfig"]
+__all__ = [
+    "METHOD",
+    "LoraConfig",
+    "LoraEmbeddingPatch",
+    "LoraModel",
+    "LoraPatch",
+    "LoraRuntimeConfig",
+    "convert_to_lora",
+    "save_as_lora",
+]
 
 # The layers that HF peft 0.21.2 adapts by default, architectures with equal names together.
 _DEFAULT_TARGETS: dict[tuple[str, ...], list[str] | str] = {

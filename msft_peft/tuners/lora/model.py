@@ -2,8 +2,6 @@
 
 import copy
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +26,7 @@ from msft_peft.tuners.lora.combine import (
     needs_density,
 )
 from msft_peft.tuners.lora.config import LoraConfig
+from msft_peft.tuners.lora.exact import prepare_exactly
 
 # The pairs of weights that are a product of two factors and nothing else.
 _FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -136,22 +135,7 @@ class LoraModel(Tuner):
             init_lora_weights=True,
             modules_to_save=list(heads) or None,
         )
-        with warnings.catch_warnings():
-            # All there is to say was said when the parts were made.
-            warnings.simplefilter("ignore")
-            made = inject.prepare(self.model, config, name)
-            if set(made.patches) != paths:
-                # The union of the targets means other layers than the parts have together: say each by its path.
-                exact = "|".join(re.escape(path) for path in sorted(paths))
-                config = replace(
-                    config,
-                    target_modules=exact,
-                    exclude_modules=None,
-                    layers_to_transform=None,
-                    layers_pattern=None,
-                )
-                made = inject.prepare(self.model, config, name)
-        return made
+        return prepare_exactly(self.model, config, name, paths)
 
 
 def _factors_of(patch: Patch) -> tuple[str, str]:
