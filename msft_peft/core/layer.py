@@ -339,7 +339,8 @@ class TunerLayer(Wrapper):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether what the adapter does here is to add to a weight that a low-rank product can be added to."""
-        return adapter_name in self.held() and self.adapters[adapter_name].additive and self.site.groups == 1
+        patch = self.held().get(adapter_name)
+        return isinstance(patch, Patch) and patch.additive and patch.invocation is None and self.site.groups == 1
 
     def __getattr__(self, name: str) -> Any:
         """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name."""

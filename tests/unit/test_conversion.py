@@ -283,6 +283,11 @@ def test_what_cannot_be_converted(tmp_path: Path):
         convert_to_lora(get_peft_model(nets.Dense(), ScaleConfig(target_modules=["lin0"])), 2)
     with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
         convert_to_lora(nets.Dense(), 2)
+    alora = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
+    for option in ({"use_dora": True}, {"lora_bias": True}, alora):
+        model = get_peft_model(nets.Dense(), LoraConfig(target_modules=["lin0"], **option))
+        with pytest.raises(TypeError, match=r"do not support LoRA conversion: lin0"):
+            convert_to_lora(model, 2)
     biased = get_peft_model(nets.Dense(), LoraConfig(target_modules=["lin0"], bias="all"))
     with pytest.raises(ConfigError, match="sets bias=all, this is not supported right now"):
         convert_to_lora(biased, 2)

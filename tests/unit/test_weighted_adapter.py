@@ -300,6 +300,15 @@ BAD: dict[str, tuple[dict[str, dict], list, dict[str, Any], type[Exception], str
         ConfigError,
         r"modules_to_save, but found 1 such instance\(s\): lin1",
     ),
+    "DoRA": (both("lin0", use_dora=True), ["a", "b"], {}, NotImplementedError, "more than a product of two factors"),
+    "aLoRA": (
+        both("lin0", alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
+        ["a", "b"],
+        {},
+        NotImplementedError,
+        "more than a product of two factors",
+    ),
+    "lora_bias": (both("lin0", lora_bias=True), ["a"], {"weights": [1]}, NotImplementedError, "lora_bias"),
     "biases": (
         {"a": {"target_modules": ["lin0"], "bias": "all"}},
         ["a"],

@@ -142,13 +142,13 @@ def _factors_of(patch: Patch) -> tuple[str, str]:
     """The attributes that hold A and B.
 
     Raises:
-        NotImplementedError: the Patch is more than a product of two factors.
+        NotImplementedError: the Patch is more than a product of two factors, or acts on some tokens only.
     """
     for pair in _FACTORS:
-        if set(patch.keys) == set(pair) and patch.additive:
+        if set(patch.keys) == set(pair) and patch.additive and patch.invocation is None:
             return pair
     raise NotImplementedError(
-        f"The adapter at {patch.site.path} is more than a product of two factors ({sorted(patch.keys)}), and "
+        f"The adapter at {patch.site.path} is more than a product of two factors (DoRA, lora_bias, aLoRA), and "
         "combining such adapters is not built. Make them active together, by base_model.set_adapter([...]), instead."
     )
 
