@@ -127,6 +127,15 @@ def test_a_compiled_step_sees_the_new_adapter():
     assert differ(predict(x), first)
 
 
+def test_names_go_on_from_where_the_model_stands():
+    model = adapted(nets.Dense(), **both("lin0"))
+    outer = nn.SequentialCell(model)
+    outer.update_parameters_name()
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "c", "cat")
+    assert all(p.name == path for path, p in outer.parameters_and_names())
+    assert any(p.name == "0.base_model.model.lin0.lora_A.c.weight" for p in outer.get_parameters())
+
+
 def test_adding_while_another_adapter_is_merged_or_disabled():
     model = adapted(nets.Dense(), **both("lin0", "lin1"))
     model.merge_adapter()

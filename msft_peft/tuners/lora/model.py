@@ -73,7 +73,8 @@ class LoraModel(Tuner):
         Raises:
             AdapterNameError: the new name is taken or cannot be one, or an adapter is not there.
             ConfigError: an unknown type, one that lacks its density or equal ranks, a number out of range, a list and
-                a regex among the `target_modules`, or two adapters that train the same layer whole.
+                a regex among the `target_modules`, two adapters that train the same layer whole, or an SVD of a
+                grouped convolution.
             NotImplementedError: an option of an adapter, or `svd_driver`, that cannot be combined.
 
         In each case nothing has changed.
@@ -239,16 +240,19 @@ def _sources(
     """What each layer's new update is made of: (update, weight) pairs, by path.
 
     Raises:
-        ConfigError: a layer has unequal ranks, and the type needs equal ones.
-        MergeError: an SVD is asked for of an update that is not one matrix.
+        ConfigError: a layer has unequal ranks, and the type needs equal ones; or an SVD is asked for of a grouped
+            convolution.
         NotImplementedError: an update is more than two factors.
     """
     found: dict[str, list[tuple[LowRank, float]]] = {}
     ranks: dict[str, dict[str, int]] = {}
     for part, weight in zip(parts, weights, strict=True):
         for path, patch in part.patches.items():
-            if combination_type in ON_DELTAS:
-                patch.check_mergeable()
+            if combination_type in ON_DELTAS and patch.site.groups > 1:
+                raise ConfigError(
+                    f"{path} is a convolution with groups={patch.site.groups}, whose update is no matrix that an SVD "
+                    f"could cut: combination_type={combination_type!r} cannot be. Take 'cat', or one without 'svd'."
+                )
             a, b = (_values(getattr(patch, attribute)) for attribute in _factors_of(patch))
             found.setdefault(path, []).append((LowRank(a, b, float(patch.scaling)), float(weight)))
             ranks.setdefault(path, {})[part.name] = len(a)
