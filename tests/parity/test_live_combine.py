@@ -99,7 +99,7 @@ def test_the_same_combination(name: str, label: str, tmp_path: Path, monkeypatch
     with torch.no_grad():
         expected = theirs.forward(hf, x).numpy()
     same("output", mine(ours.ms.Tensor(x)).asnumpy(), expected)
-    # Where a layer has a rank of its own, HF's tensors have another shape than its config says, so it cannot load them.
+    # Where a layer has a rank of its own, the shapes of HF's tensors belie its config, so that it cannot load them.
     if "svd" not in kind and name != "linear_patterns":
         saved = []
         for who, model in (("hf", hf), ("ours", mine)):
