@@ -7,11 +7,11 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.experimental import optim
 
 from msft_peft import ConfigError, LoraConfig, PeftModel, get_peft_model
-from msft_peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from msft_peft.optimizers import Pair, Projection, create_lorafa_optimizer, create_loraplus_optimizer
 from tests import nets
 from tests.cases import shake, weights_of
 from tests.tolerances import array, assert_same, differ
@@ -204,6 +204,15 @@ def test_lorafa_projects_the_gradient(name: str):
 
 def fa_of_rank_4(model: PeftModel) -> Any:
     return create_lorafa_optimizer(model, 4, 3, LR, weight_decay=0.1)
+
+
+def test_a_projected_step_is_that_of_the_whole_weight_within_as_rows():
+    a, whole, scaling = nets.floats(2, 6, seed=1), array(nets.floats(4, 6, seed=2)), 1.5
+    gradient = scaling * whole @ array(a).T
+    step = array(Projection(Pair(Parameter(a), scaling, 1))(Tensor(gradient)))
+    rows = array(a)
+    onto = rows.T @ np.linalg.inv(rows @ rows.T) @ rows
+    assert_same(scaling * step @ rows, (whole @ onto).astype(np.float32))
 
 
 def test_lorafa_takes_a_new_a_and_a_new_rate():

@@ -247,6 +247,17 @@ def test_one_adapter_alone_is_scaled():
         assert_same(delta_at(model, "lin0", kind), (-0.5 * delta_at(model, "lin0", "a")).astype(np.float32), "merge")
 
 
+def test_one_adapter_alone_can_be_cut_to_a_rank():
+    model = adapted(nets.Dense(), **both("lin0", "lin1"))
+    model.add_weighted_adapter(["a"], [2.0], "c", "svd", svd_rank=1)
+    assert model.peft_config["c"].r == 1
+    for path in ("lin0", "lin1"):
+        delta = 2 * delta_at(model, path, "a")
+        lost = np.linalg.svd(delta, compute_uv=False)[1:]
+        assert lost[0] > 0.1
+        np.testing.assert_allclose(np.linalg.norm(delta - delta_at(model, path, "c")), np.linalg.norm(lost), rtol=1e-4)
+
+
 def test_half_precision_models():
     model = adapted(nets.Dense(ms.float16), **both("lin0", "lin1"))
     model.add_weighted_adapter(["a", "b"], [0.7, -1.5], "c", "cat")

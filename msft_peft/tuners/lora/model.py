@@ -62,7 +62,8 @@ class LoraModel(Tuner):
             weights: one number for each; may be negative.
             adapter_name: the new adapter's name.
             combination_type: "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"; or "svd" and any
-                of the last four with "_svd" behind it. One adapter alone is always scaled, by "linear", as in HF.
+                of the last four with "_svd" behind it. One adapter alone is scaled, by "linear", as in HF, unless
+                `svd_rank` or `svd_clamp` is given.
             svd_rank: rank after an SVD; by default the largest of the adapters' ranks.
             svd_clamp: cut the factors of an SVD off at ± this quantile of their entries, in [0, 1].
             svd_full_matrices: HF's; the factors that are kept are the same either way, and no more are computed.
@@ -80,17 +81,18 @@ class LoraModel(Tuner):
         In each case nothing has changed.
 
         Source: TIES: Yadav et al. 2023, arXiv:2306.01708; DARE: Yu et al. 2023, arXiv:2311.03099.
-        Differs: HF does nothing when the name is taken; cuts `adapters` and `weights` to the shorter; leaves a
-        half-made adapter after an error; loses layers that the first adapter excludes; takes over `use_rslora`, so
-        that the scaling is √r; fails on an SVD of a 3-D convolution or of a rank above the weight's; mixes up the
-        groups of grouped convolutions; leaves untrained copies in the place of trained heads.
+        Differs: HF does nothing when the name is taken; ignores `svd_rank` for one adapter alone; cuts `adapters` and
+        `weights` to the shorter; leaves a half-made adapter after an error; loses layers that the first adapter
+        excludes; takes over `use_rslora`, so that the scaling is √r; fails on an SVD of a 3-D convolution or of a rank
+        above the weight's; mixes up the groups of grouped convolutions; leaves untrained copies in the place of
+        trained heads.
         """
         if adapter_name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
         parts = [inject.adapter_in(self.model, name) for name in self._named(adapters)]
         _check_weights(adapters, weights)
         _check_settings(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
-        if len(parts) == 1:
+        if len(parts) == 1 and svd_rank is None and svd_clamp is None:
             combination_type = "linear"
         settings: dict[str, Any] = {"density": density} if needs_density(combination_type) else {}
         if "ties" in combination_type:
@@ -109,7 +111,6 @@ class LoraModel(Tuner):
         made = replace(made, modules={path: copy_of(module) for path, module in modules.items()})
         prefix = names_prefix(self)
         inject.attach(self.model, made)
-        inject.use(self.model, self._active)
         inject.settle(self, prefix)
 
     def _named(self, adapters: list[str]) -> list[str]:
