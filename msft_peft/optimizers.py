@@ -107,7 +107,7 @@ def create_lorafa_optimizer(
 
     Raises:
         ConfigError: no LoRA adapter is trainable, or an A is zero, so that nothing could be learned with it frozen (a
-            fresh embedding's is; target other layers).
+            fresh embedding's is; target other layers), or the adapter has `target_parameters`.
 
     Source: Zhang et al. 2023, arXiv:2308.03303; the projection: Wang et al. 2024, arXiv:2407.18242.
     """
@@ -118,6 +118,11 @@ def create_lorafa_optimizer(
             for names in _FACTORS:
                 if set(names) <= set(patch.keys) and getattr(patch, names[1]).requires_grad:
                     a, b = (getattr(patch, attribute) for attribute in names)
+                    if layer.site.kind == "parameter":
+                        raise ConfigError(
+                            f"Adapter {name!r} has target_parameters ({layer.site.path}.{layer.site.weight_name}), "
+                            "whose factors are stacks of matrices. LoRA-FA projects single ones: take another one."
+                        )
                     if not to_numpy(a).any():
                         raise ConfigError(
                             f"The A of adapter {name!r} at {layer.site.path} is zero: frozen, it would let B learn "

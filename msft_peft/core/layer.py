@@ -340,7 +340,8 @@ class TunerLayer(Wrapper):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether what the adapter does here is to add to a weight that a low-rank product can be added to."""
         patch = self.held().get(adapter_name)
-        return isinstance(patch, Patch) and patch.additive and patch.invocation is None and self.site.groups == 1
+        fits = self.site.groups == 1 and self.site.kind != "parameter"
+        return fits and isinstance(patch, Patch) and patch.additive and patch.invocation is None
 
     def __getattr__(self, name: str) -> Any:
         """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name."""

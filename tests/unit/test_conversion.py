@@ -242,6 +242,20 @@ def test_half_of_a_lora_adapter():
     assert_same(product, layers_of(model)[0].get_delta_weight("default"), "merge")
 
 
+@pytest.mark.filterwarnings("ignore:Converting")
+def test_trainable_tokens_become_a_low_rank_update_too(tmp_path: Path):
+    model = get_peft_model(
+        nets.Embedding().set_train(False),
+        LoraConfig(r=2, target_modules=["lin"], trainable_token_indices={"emb": [1, 7]}),
+    )
+    shake(weights_of(model, "default"))
+    expected = output(model)
+    save_as_lora(tmp_path, model, 1.0)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert_same(output(loaded), expected, "merge")
+    assert loaded.peft_config["default"].rank_pattern == {"emb": 2, "lin": 2}
+
+
 def test_what_supports_conversion():
     model = full(nets.Dense(), "lin0", "lin1")
     assert model.supports_lora_conversion()
@@ -284,8 +298,9 @@ def test_what_cannot_be_converted(tmp_path: Path):
     with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
         convert_to_lora(nets.Dense(), 2)
     alora = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
-    for option in ({"use_dora": True}, {"lora_bias": True}, alora):
-        model = get_peft_model(nets.Dense(), LoraConfig(target_modules=["lin0"], **option))
+    parameter = {"target_modules": [], "target_parameters": ["lin0.weight"]}
+    for option in ({"use_dora": True}, {"lora_bias": True}, alora, parameter):
+        model = get_peft_model(nets.Dense(), LoraConfig(**{"target_modules": ["lin0"]} | option))
         with pytest.raises(TypeError, match=r"do not support LoRA conversion: lin0"):
             convert_to_lora(model, 2)
     biased = get_peft_model(nets.Dense(), LoraConfig(target_modules=["lin0"], bias="all"))

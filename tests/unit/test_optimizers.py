@@ -279,6 +279,12 @@ def test_an_a_of_zeros_is_refused():
     assert [p.name for p in model.trainable_params()] == trainable
 
 
+def test_stacks_of_matrices_are_refused():
+    model = get_peft_model(nets.Dense(), LoraConfig(r=2, target_modules=["lin1"], target_parameters=["lin0.weight"]))
+    with pytest.raises(ConfigError, match=r"target_parameters \(lin0.weight\)"):
+        fa(model)
+
+
 def test_lorafa_says_whose_scaling_counts():
     with pytest.warns(UserWarning, match="each layer's own scaling is used"):
         create_lorafa_optimizer(adapted(), 4, 3, LR)

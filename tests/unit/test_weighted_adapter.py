@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from msft_peft import AdapterNameError, ConfigError, LoraConfig, LoraModel, PeftModel, get_peft_model
+from msft_peft import AdapterNameError, ConfigError, LoraConfig, LoraModel, PeftModel, get_peft_model, save_as_lora
 from tests import nets
 from tests.cases import layers_of, output, shake, state_of, weights_of
 from tests.tolerances import array, assert_same, differ
@@ -258,6 +258,23 @@ def test_one_adapter_alone_can_be_cut_to_a_rank():
         np.testing.assert_allclose(np.linalg.norm(delta - delta_at(model, path, "c")), np.linalg.norm(lost), rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Converting")
+def test_replicated_blocks(tmp_path: Path):
+    replication = {"target_modules": ["q"], "layer_replication": [[0, 2], [1, 2]]}
+    model = adapted(nets.Blocks(2), a=replication, b=replication)
+    model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "c", "cat")
+    model.set_adapter("c")
+    expected = output(model)
+    assert len([layer for layer in layers_of(model) if "c" in layer.adapters]) == 3
+    model.save_pretrained(tmp_path, selected_adapters=["c"])
+    save_as_lora(tmp_path / "lora", model, 4, adapter_name="c")
+    base = model.unload()
+    for folder in ("c", "lora"):
+        loaded = PeftModel.from_pretrained(base, tmp_path / folder)
+        assert_same(output(loaded), expected, "merge")
+        base = loaded.unload()
+
+
 def test_half_precision_models():
     model = adapted(nets.Dense(ms.float16), **both("lin0", "lin1"))
     model.add_weighted_adapter(["a", "b"], [0.7, -1.5], "c", "cat")
@@ -327,6 +344,20 @@ BAD: dict[str, tuple[dict[str, dict], list, dict[str, Any], type[Exception], str
         {},
         NotImplementedError,
         "more than a product of two factors",
+    ),
+    "target_parameters": (
+        both("lin0", target_parameters=["lin1.weight"]),
+        ["a", "b"],
+        {},
+        ConfigError,
+        r"does not support targeting nn.Parameter \(problematic adapter 'a'\)",
+    ),
+    "trainable tokens": (
+        both("lin0", trainable_token_indices={"lin1": [1]}),
+        ["a", "b"],
+        {},
+        NotImplementedError,
+        "trainable tokens",
     ),
     "lora_bias": (both("lin0", lora_bias=True), ["a"], {"weights": [1]}, NotImplementedError, "lora_bias"),
     "biases": (

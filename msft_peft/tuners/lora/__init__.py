@@ -2,10 +2,9 @@
 
 from msft_peft.registry import Method
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
-from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
-from msft_peft.tuners.lora.extras import extra_patches
 from msft_peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
+from msft_peft.tuners.lora.extras import extra_patches
 from msft_peft.tuners.lora.model import LoraModel
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 

@@ -167,7 +167,7 @@ def _layers(base: nn.Cell, source: inject.Adapter) -> dict[str, TunerLayer]:
         raise TypeError(
             f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}. There, the "
             f"{source.config.peft_type} adapter {source.name!r} does more than add to the weight, or the weight is "
-            "that of a grouped convolution."
+            "that of a grouped convolution or of no layer (target_parameters)."
         )
     return layers
 
@@ -203,6 +203,7 @@ def _factors(path: str, delta: np.ndarray, rank: float) -> tuple[np.ndarray, np.
 def _config(source: PeftConfig, rank: float, ranks: Mapping[str, int]) -> LoraConfig:
     """A config of scaling 1 for these layers' ranks, with the source's targets."""
     shared = {f.name: getattr(source, f.name) for f in fields(TargetedConfig) if f.name != "peft_type"}
+    shared["layer_replication"] = getattr(source, "layer_replication", None)
     if isinstance(rank, int):
         return LoraConfig(**shared, r=rank, lora_alpha=rank)
     pattern = dict(ranks)

@@ -74,8 +74,8 @@ class LoraModel(Tuner):
         Raises:
             AdapterNameError: the new name is taken or cannot be one, or an adapter is not there.
             ConfigError: an unknown type, one that lacks its density or equal ranks, a number out of range, a list and
-                a regex among the `target_modules`, two adapters that train the same layer whole, or an SVD of a
-                grouped convolution.
+                a regex among the `target_modules`, two adapters that train the same layer whole, an adapter with
+                `target_parameters`, or an SVD of a grouped convolution.
             NotImplementedError: an option of an adapter, or `svd_driver`, that cannot be combined.
 
         In each case nothing has changed.
@@ -90,6 +90,7 @@ class LoraModel(Tuner):
         if adapter_name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
         parts = [inject.adapter_in(self.model, name) for name in self._named(adapters)]
+        _check_places(parts)
         _check_weights(adapters, weights)
         _check_settings(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         if len(parts) == 1 and svd_rank is None and svd_clamp is None:
@@ -150,9 +151,18 @@ def _factors_of(patch: Patch) -> tuple[str, str]:
         if set(patch.keys) == set(pair) and patch.additive and patch.invocation is None:
             return pair
     raise NotImplementedError(
-        f"The adapter at {patch.site.path} is more than a product of two factors (DoRA, lora_bias, aLoRA), and "
-        "combining such adapters is not built. Make them active together, by base_model.set_adapter([...]), instead."
+        f"The adapter at {patch.site.path} is more than a product of two factors (DoRA, lora_bias, aLoRA, "
+        "trainable tokens), and combining such adapters is not built. Make them active together instead, by "
+        "base_model.set_adapter([...])."
     )
+
+
+def _check_places(parts: Sequence[inject.Adapter]) -> None:
+    for part in parts:
+        if getattr(part.config, "target_parameters", None):
+            raise ConfigError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{part.name}')"
+            )
 
 
 def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
