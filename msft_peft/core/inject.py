@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mindspore import Parameter, nn
 
 from msft_peft.backend.graphs import drop_compiled
-from msft_peft.backend.tree import Named, get_child, named_parameters, refresh_names, replace_cells
+from msft_peft.backend.tree import Named, get_child, named_parameters, owners, refresh_names, replace_cells
 from msft_peft.config import PeftConfig, TargetedConfig
 from msft_peft.core.layer import (
     ModulesToSaveWrapper,
@@ -360,10 +360,33 @@ def _check_extras(model: nn.Cell, extras: dict[str, Patch], taken: set[str]) -> 
 
 
 def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> None:
-    """What is taken from the base weights must have been computed from those weights themselves."""
-    if not any(patch.residual for patch in patches.values()):
-        return
+    """What is taken from the base weights must have been computed from those weights themselves, and be theirs alone.
+
+    Warns of adapters beside one that changes the base weights, under which the others were or will be made.
+    """
     layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer)]
+    mine = {patch.title for patch in patches.values() if patch.residual}
+    others = {layer.adapters[key].title for layer in layers for key in layer.given if key != name}
+    if mine and any(key != name for key in configs_of(model)):
+        others |= mine
+    for title in sorted(others):
+        warnings.warn(
+            f"{title} changes the base weights of the model and should thus not be used with other adapters. Consider "
+            f"converting the {title} adapter into a normal LoRA adapter: save_pretrained(directory, "
+            "path_initial_model_for_weight_conversion=...).",
+            PeftWarning,
+            stacklevel=4,
+        )
+    if not mine:
+        return
+    holders = owners(model)
+    for path, patch in patches.items():
+        tied = holders[id(patch.site.weight)] if patch.residual else []
+        if len(tied) > 1:
+            raise ConfigError(
+                f"{patch.title} changes the weight of {path}, which is tied: {' and '.join(tied)} hold the same "
+                "Parameter. Give one a copy first, or leave the layer out of target_modules."
+            )
     if any(layer.merged for layer in layers):
         raise MergeError("This adapter's initial weights are taken from the base weights: unmerge the model first.")
     if any(name in layer.given for layer in layers):

@@ -198,7 +198,7 @@ class TunerLayer(Wrapper):
             return
         patch = self.adapters._cells.pop(name)
         if name in self.given:
-            self._write_weight(self._full_weight() + patch.delta_of(self.given.pop(name)))
+            self._write_weight(patch.regained(self._full_weight(), self.given.pop(name)))
         for place in {place_of(key)[0] for key in patch.keys.values()}:
             self.views[place].drop(name)
             if not len(self.views[place]):

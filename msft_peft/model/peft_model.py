@@ -22,6 +22,7 @@ from msft_peft.hosts import model_config
 from msft_peft.io.adapter import embeddings_of, match_tensors, read_tensors, save_tensors, with_copies_in
 from msft_peft.io.card import write_card
 from msft_peft.registry import method_of
+from msft_peft.tuners.lora.residual import as_plain_lora
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
 ROOT_ADAPTER = "default"
@@ -223,6 +224,7 @@ class PeftModel(nn.Cell):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
     ) -> None:
         """Write the adapters: weights in both formats, config and model card; trainable weights alone.
 
@@ -236,6 +238,9 @@ class PeftModel(nn.Cell):
             save_embedding_layers: True adds the base model's input and output embeddings (do so if you resized them);
                 "auto" those of them that the adapter targets, as HF does; False none.
             is_main_process: False writes nothing (the other workers of a distributed run).
+            path_initial_model_for_weight_conversion: where an adapter that changed the base weights (PiSSA, OLoRA,
+                CorDA, LoRA-GA) was saved before its first step: it is written as a plain LoRA of twice the rank for the
+                untouched base, see `as_plain_lora`.
 
         Raises:
             AdapterNameError: a selected adapter is not there.
@@ -255,13 +260,18 @@ class PeftModel(nn.Cell):
         if not is_main_process:
             return
         base = self.get_base_model()
-        sizes = []
+        plan = []
         for name in names:
             adapter = inject.adapter_in(base, name)
+            entries, config = adapter.entries(base), adapter.config
+            if path_initial_model_for_weight_conversion is not None:
+                entries, config = as_plain_lora(adapter, entries, path_initial_model_for_weight_conversion)
+            plan.append((name, entries | self._embeddings_to_save(adapter, save_embedding_layers), config))
+        sizes = []
+        for name, entries, config in plan:
             directory = Path(save_directory) / ("" if name == ROOT_ADAPTER else name)
-            entries = adapter.entries(base) | self._embeddings_to_save(adapter, save_embedding_layers)
             save_tensors(directory, name, entries)
-            self._config_to_save(adapter.config).save_pretrained(directory)
+            self._config_to_save(config).save_pretrained(directory)
             sizes.append(sum(named.parameter.size for named in entries.values()))
         method = str(self.peft_config[names[0]].peft_type) if names else "PEFT"
         tags = ["transformers"] if "_name_or_path" in model_config(base) else []
@@ -314,8 +324,8 @@ class PeftModel(nn.Cell):
         adapter = self._prepare(model, with_copies_in(tensors, config, model), adapter_name, autocast_adapter_dtype)
         match = match_tensors(tensors, adapter, model)
         match.check(strict, ignore_mismatched_sizes)
-        match.apply()
         self._install(model, adapter)
+        match.apply()  # afterwards: what the base weights give up is what the adapter began with
         self.set_train(is_trainable)
         return self
 
@@ -352,11 +362,11 @@ class PeftModel(nn.Cell):
         match.check(strict, ignore_mismatched_sizes)
         if old is not None:
             self.base_model._unmerge_first(f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
-        match.apply()
         if not same:
             inject.attach(base, adapter)
             inject.use(base, self.active_adapters)
             inject.settle(self)
+        match.apply()
         self.base_model.set_requires_grad(adapter_name, is_trainable)
 
     # ------------------------------------------------------------------------------------------------------------
