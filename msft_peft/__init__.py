@@ -24,7 +24,21 @@ from msft_peft.model import (
     get_peft_model,
 )
 from msft_peft.registry import discover, get_peft_config, peft_types
-from msft_peft.tuners.lora import LoraConfig, LoraModel, LoraRuntimeConfig, convert_to_lora, save_as_lora
+from msft_peft.tuners.lora import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraModel,
+    LoraRuntimeConfig,
+    convert_to_lora,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+    save_as_lora,
+)
 
 discover(tuners)
 PeftType = peft_types()
@@ -34,8 +48,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterNameError",
     "ConfigError",
+    "CordaConfig",
+    "EvaConfig",
     "LoadError",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "MergeError",
@@ -54,8 +72,12 @@ __all__ = [
     "TaskType",
     "Tuner",
     "convert_to_lora",
+    "get_eva_state_dict",
     "get_peft_config",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "preprocess_corda",
+    "preprocess_loraga",
     "save_as_lora",
 ]

@@ -33,7 +33,9 @@ def dense_targets(model: nn.Cell, config: LoraConfig) -> dict[str, Site]:
     sites = {path: site_of(cells[path], path) for path in chosen}
     found = {path: site for path, site in sites.items() if site is not None and site.kind == "dense"}
     if not found:
-        raise ConfigError(f"No linear layer is among target_modules={config.target_modules!r}, and only such are used.")
+        raise ConfigError(
+            f"No linear layer is among target_modules={config.target_modules!r}, and only such are used."
+        )
     return found
 
 
@@ -67,6 +69,19 @@ def watching(cells: Mapping[str, nn.Cell], see: Callable[[str, Tensor, Tensor], 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Cell) -> Iterator[None]:
+    """Evaluation mode inside the block; each Cell's own mode is restored after it."""
+    before = [(cell, cell.training, cell._phase) for _, cell in model.cells_and_names()]
+    model.set_train(False)
+    try:
+        yield
+    finally:
+        for cell, training, phase in before:
+            cell.add_flags(training=training)
+            cell._phase = phase
 
 
 def rows_of(x: Tensor, path: str) -> np.ndarray:

@@ -93,8 +93,7 @@ def svd_lowrank(w: np.ndarray, q: int, niter: int) -> tuple[np.ndarray, np.ndarr
 
 
 def orthogonal(shape: tuple[int, int], r: int, rng: np.random.Generator) -> Start:
-    """Both factors random, and their product zero: B's columns live in one half of an orthonormal basis, A's rows in
-    the other.
+    """Both factors random, and their product zero: they live in the two halves of an orthonormal basis.
 
     Formula: with Q (r, r) orthonormal, Q₁ its odd and Q₂ its even rows, and G₁ (in, r/2), G₂ (out, r/2) normal:
     A = (G₁·Q₁)ᵀ / 10, B = G₂·Q₂ / 10, thus B·A = G₂·Q₂·Q₁ᵀ·G₁ᵀ / 100 = 0.
@@ -214,7 +213,9 @@ def corda_eigens(w: np.ndarray, covariance: np.ndarray, r: int, method: str) -> 
             break
         damp *= 2
     else:
-        raise ConfigError("The inputs' covariance has no inverse (all inputs were zero?): sample more or other inputs.")
+        raise ConfigError(
+            "The inputs' covariance has no inverse (all inputs were zero?): sample more or other inputs."
+        )
     u, s, vt = np.linalg.svd(w @ fixed, full_matrices=False)
     chosen = slice(0, r) if method == "ipm" else slice(len(s) - r, len(s))
     return CordaEigens(s[chosen], u[:, chosen], (vt[chosen] @ inverse).T)
@@ -234,7 +235,8 @@ def lora_ga(w: np.ndarray, gradient: np.ndarray, r: int, scaling: float, config:
     Formula: A = V[:, i]ᵀ and B = U[:, j]·S[j], where among the first 2r components
     "ArB2r" is i = 0..r-1, j = r..2r-1, "A2rBr" the other way round, "ArBr" i the odd and j the even ones, "random" a
     random choice, the same for both. Then scale="stable" multiplies B by out^¼ / √γ, "weight_svd" by the largest
-    singular value of W over that of S[j₀], "gd_scale" divides both by s, "unit" does nothing. The base keeps W - s·B·A.
+    singular value of W over that of S[j₀], "gd_scale" divides both by s, "unit" does nothing. The base keeps
+    W - s·B·A.
 
     Raises:
         ConfigError: fewer than 2r components, or an unknown direction or scale.
@@ -258,7 +260,7 @@ def lora_ga(w: np.ndarray, gradient: np.ndarray, r: int, scaling: float, config:
     if config.scale == "stable":
         b = b * (w.shape[0] ** 0.25 / config.stable_gamma**0.5)
     elif config.scale == "weight_svd":
-        b = b * (np.linalg.norm(w, 2) / max(float(s[of_b[0]]), np.finfo(np.float32).tiny))
+        b = b * (np.linalg.svd(w, compute_uv=False)[0] / (s[of_b[0]] or 1))
     elif config.scale == "gd_scale":
         a, b = a / scaling, b / scaling
     return Start(a.astype(np.float32), b.astype(np.float32))
@@ -272,33 +274,13 @@ def start_of(site: Site, config: LoraConfig, r: int, scaling: float) -> Start | 
             where it may not be, or the data that the initialisation needs were not collected.
     """
     init = str(config.init)
-    if config.init in (True, False, "gaussian"):
-        return None
-    if site.kind == "embedding":
-        warnings.warn(
-            f"{site.path} is an embedding, for which there is no init_lora_weights={init!r}: it starts as with True.",
-            PeftWarning,
-            stacklevel=4,
-        )
-        return None
-    if site.kind != "dense":
-        raise ConfigError(
-            f"init_lora_weights={init!r} is for linear layers, and {site.path} is a {site.kind}. Choose True, "
-            "'gaussian' or False, or leave that layer out of target_modules."
-        )
-    if init == "eva":
+    if config.init in (True, False, "gaussian") or not _is_dense(site, init) or init == "eva":
         return None
     if init == "orthogonal":
         seed = np.random.randint(2**31 - 1)  # ms.set_seed sets numpy's seed too
         return orthogonal((site.out_features, site.in_features), r, np.random.default_rng(seed))
     w = base_weight(site)
-    if not np.isfinite(w).all():
-        raise ConfigError(f"The weight of {site.path} holds NaN or infinity: init_lora_weights={init!r} decomposes it.")
-    if r > min(w.shape):
-        raise ConfigError(
-            f"init_lora_weights={init!r} has at most min(in_features, out_features) components, but r={r} for "
-            f"{site.path} with weight {w.shape}. Choose a smaller r, or give the layer its own in rank_pattern."
-        )
+    _check_weight(w, r, site, init)
     if init == "olora":
         return olora(w, r)
     if init == "loftq":
@@ -306,14 +288,7 @@ def start_of(site: Site, config: LoraConfig, r: int, scaling: float) -> Start | 
     if init == "corda":
         return corda(_eigens_of(site, r), scaling)
     if init == "lora_ga":
-        gradient = getattr(site.layer, GRADIENT, None)
-        if gradient is None:
-            raise ConfigError(
-                f"init_lora_weights='lora_ga': no gradient was collected for {site.path}. Please run "
-                "`preprocess_loraga` on the model first. (An adapter is saved so that it needs none with "
-                "`path_initial_model_for_weight_conversion`.)"
-            )
-        return lora_ga(w, gradient, r, scaling, config.lora_ga_config or LoraGAConfig())
+        return lora_ga(w, _gradient_of(site), r, scaling, config.lora_ga_config or LoraGAConfig())
     return pissa(w, r, scaling, int(init.removeprefix("pissa_niter_")) if init != "pissa" else None)
 
 
@@ -321,6 +296,46 @@ def base_weight(site: Site) -> np.ndarray:
     """The base weight (out, in) of a linear layer, in float32."""
     w = as_float32(to_numpy(site.weight))
     return np.ascontiguousarray(w.T) if site.transposed else w
+
+
+def _is_dense(site: Site, init: str) -> bool:
+    """Whether the layer is linear; warns of an embedding, and refuses convolutions."""
+    if site.kind == "embedding":
+        warnings.warn(
+            f"{site.path} is an embedding, for which there is no init_lora_weights={init!r}: it starts as with True.",
+            PeftWarning,
+            stacklevel=5,
+        )
+        return False
+    if site.kind != "dense":
+        raise ConfigError(
+            f"init_lora_weights={init!r} is for linear layers, and {site.path} is a {site.kind}. Choose True, "
+            "'gaussian' or False, or leave that layer out of target_modules."
+        )
+    return True
+
+
+def _check_weight(w: np.ndarray, r: int, site: Site, init: str) -> None:
+    if not np.isfinite(w).all():
+        raise ConfigError(
+            f"The weight of {site.path} holds NaN or infinity: init_lora_weights={init!r} decomposes it."
+        )
+    if r > min(w.shape):
+        raise ConfigError(
+            f"init_lora_weights={init!r} has at most min(in_features, out_features) components, but r={r} for "
+            f"{site.path} with weight {w.shape}. Choose a smaller r, or give the layer its own in rank_pattern."
+        )
+
+
+def _gradient_of(site: Site) -> np.ndarray:
+    gradient = getattr(site.layer, GRADIENT, None)
+    if gradient is None:
+        raise ConfigError(
+            f"init_lora_weights='lora_ga': no gradient was collected for {site.path}. Please run `preprocess_loraga` "
+            "on the model first. (An adapter is saved so that it needs none with "
+            "`path_initial_model_for_weight_conversion`.)"
+        )
+    return gradient
 
 
 def _eigens_of(site: Site, r: int) -> CordaEigens:

@@ -32,7 +32,7 @@ class EvaConfig:
         tau: a component counts as found when its cosine similarity between two batches is at least this.
         use_label_mask: leave out the positions whose label is `label_mask_value`.
         label_mask_value: the label of positions that do not count.
-        whiten: scale each component to unit variance.
+        whiten: divide each component by the root of its singular value.
         adjust_scaling_factors: change a layer's lora_alpha with its rank, so that its scaling stays as it was.
 
     Raises:

@@ -42,7 +42,7 @@ def as_plain_lora(
         LoadError: what is saved there does not fit the adapter.
 
     Differs: HF needs the initial adapter saved with `init_lora_weights=True` in its config, and refuses `use_rslora`
-    beside a rank or alpha pattern. For an adapter that left the base alone it subtracts the initial values all the same.
+    beside a rank or alpha pattern. It subtracts the initial values of adapters that left the base alone, too.
     """
     config = adapter.config
     if not isinstance(config, LoraConfig) or not any(patch.residual for patch in adapter.patches.values()):
@@ -73,7 +73,9 @@ def as_plain_lora(
 
 def _initial_factors(started: Tensors, wanted: Mapping[str, tuple[int, ...]], name: str) -> dict[str, np.ndarray]:
     # A checkpoint's names have the adapter's name in them.
-    held = {key.replace(f".{started.adapter or name}.weight", ".weight"): value for key, value in started.arrays.items()}
+    held = {
+        key.replace(f".{started.adapter or name}.weight", ".weight"): value for key, value in started.arrays.items()
+    }
     found = {key: as_float32(held[full]) for key in wanted if (full := PREFIX + key) in held or (full := key) in held}
     faults = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
     faults += [
