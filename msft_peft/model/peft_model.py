@@ -239,8 +239,8 @@ class PeftModel(nn.Cell):
                 "auto" those of them that the adapter targets, as HF does; False none.
             is_main_process: False writes nothing (the other workers of a distributed run).
             path_initial_model_for_weight_conversion: where an adapter that changed the base weights (PiSSA, OLoRA,
-                CorDA, LoRA-GA) was saved before its first step: it is written as a plain LoRA of twice the rank for the
-                untouched base, see `as_plain_lora`.
+                CorDA, LoRA-GA) was saved before its first step: it is written as a plain LoRA of twice the rank for
+                the untouched base, see `as_plain_lora`.
 
         Raises:
             AdapterNameError: a selected adapter is not there.

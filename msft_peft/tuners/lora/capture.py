@@ -1,4 +1,4 @@
-"""What flows through layers: their inputs, and the gradients of their weights, by hooks, which run in PyNative only."""
+"""What flows through layers: their inputs, and the gradients of their weights, by hooks (in PyNative only)."""
 
 import contextlib
 import copy
@@ -101,6 +101,6 @@ def require_seen(sites: Mapping[str, Any], seen: Mapping[str, int], what: str) -
     missing = [path for path in sites if not seen.get(path)]
     if missing:
         raise ConfigError(
-            f"{what} ran, but these layers saw nothing: {missing}. It must call the model itself, in PyNative: hooks do "
-            "not run inside ms.jit."
+            f"{what} ran, but these layers saw nothing: {missing}. It must call the model itself, in PyNative: hooks "
+            "do not run inside ms.jit."
         )

@@ -44,7 +44,7 @@ def preprocess_corda(
         ConfigError: the config has no `corda_config`, `run_model` is missing or a layer saw nothing, inputs are not
             finite, the files do not fit, or the targets are no linear layers.
 
-    Differs: the files are safetensors, not pickles. Inputs of any number of dimensions will do; HF takes batches of one.
+    Differs: the files are safetensors, not pickles. Inputs of any shape will do; HF takes batches of one.
     """
     config = lora_config.corda_config
     if lora_config.init != "corda" or config is None:

@@ -374,8 +374,7 @@ def _with_ranks(config: LoraConfig, parts: Mapping[str, np.ndarray], adapter: in
             key = f"^{re.escape(path)}$" if any(p.endswith(f".{path}") for p in adapter.patches) else path
             ranks[key] = rank
             if config.eva_config.adjust_scaling_factors:
-                ratio = (rank / patch.r) ** (0.5 if config.use_rslora else 1)
-                alphas[key] = patch.lora_alpha * ratio
+                alphas[key] = patch.lora_alpha * rank / patch.r  # with use_rslora too, as in HF
     config.rank_pattern = ranks | {key: r for key, r in config.rank_pattern.items() if key not in ranks}
     config.alpha_pattern = alphas | {key: a for key, a in config.alpha_pattern.items() if key not in alphas}
     if any(not len(part) for part in parts.values()):

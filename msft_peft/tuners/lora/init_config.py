@@ -33,7 +33,7 @@ class EvaConfig:
         use_label_mask: leave out the positions whose label is `label_mask_value`.
         label_mask_value: the label of positions that do not count.
         whiten: divide each component by the root of its singular value.
-        adjust_scaling_factors: change a layer's lora_alpha with its rank, so that its scaling stays as it was.
+        adjust_scaling_factors: change a layer's lora_alpha with its rank, so that lora_alpha / r stays as it was.
 
     Raises:
         ConfigError: rho below 1, or tau outside [0, 1].
