@@ -381,7 +381,9 @@ def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> Non
         return
     holders = owners(model)
     for path, patch in patches.items():
-        tied = holders[id(patch.site.weight)] if patch.residual else []
+        # Replicated blocks share their weights as well.
+        alike = [other for other, p in patches.items() if p.site.weight is patch.site.weight]
+        tied = max(holders.get(id(patch.site.weight), []), alike, key=len) if patch.residual else []
         if len(tied) > 1:
             raise ConfigError(
                 f"{patch.title} changes the weight of {path}, which is tied: {' and '.join(tied)} hold the same "

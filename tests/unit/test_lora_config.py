@@ -173,7 +173,11 @@ def test_configs_share_no_defaults():
 @pytest.mark.parametrize("name", OTHERS)
 def test_each_field_is_accepted_and_survives_json(name: str, tmp_path: Path):
     config = LoraConfig(**OTHERS[name])
-    assert getattr(config, name) == OTHERS[name][name]
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value):
+        assert value == type(value)(**OTHERS[name][name])
+    else:
+        assert value == OTHERS[name][name]
     config.save_pretrained(tmp_path)
     read = PeftConfig.from_pretrained(tmp_path)
     assert type(read) is LoraConfig

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
 from msft_peft.core import inject
+from msft_peft.core.patch import Patch
 from msft_peft.core.targets import match_pattern
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError, PeftWarning
@@ -328,6 +329,11 @@ def _settled(model: nn.Cell, config: LoraConfig | None, adapter_name: str) -> tu
     return tuner, base, config
 
 
+def _layers(adapter: inject.Adapter) -> dict[str, Patch]:
+    """The Patches at its target layers: what else it has (trainable tokens) is no affair of EVA's."""
+    return {path: adapter.patches[path] for path in adapter.targets}
+
+
 def _weights(adapter: inject.Adapter) -> list[Any]:
     return [p for patch in adapter.patches.values() for p in patch.get_parameters()]
 
@@ -339,7 +345,7 @@ def _batches(dataloader: Any) -> Iterator[Any]:
 
 
 def _check_fit(parts: Mapping[str, np.ndarray], adapter: inject.Adapter) -> None:
-    dense = {path: patch.site for path, patch in adapter.patches.items() if patch.site.kind == "dense"}
+    dense = {path: patch.site for path, patch in _layers(adapter).items() if patch.site.kind == "dense"}
     unknown = sorted(parts.keys() - dense.keys())
     misshapen = [
         f"{path}: {part.shape}, wanted (rank, {dense[path].in_features})"
@@ -367,7 +373,7 @@ def _with_ranks(config: LoraConfig, parts: Mapping[str, np.ndarray], adapter: in
     """The config with the ranks of these components; whole paths first, so that they win over patterns."""
     config = copy.deepcopy(config)
     ranks, alphas = {}, {}
-    for path, patch in adapter.patches.items():
+    for path, patch in _layers(adapter).items():
         rank = len(parts[path]) if path in parts else patch.r
         if rank and rank != patch.r:
             # A pattern may also be the end of a path: say so where another layer's path ends with this one.
@@ -378,6 +384,6 @@ def _with_ranks(config: LoraConfig, parts: Mapping[str, np.ndarray], adapter: in
     config.rank_pattern = ranks | {key: r for key, r in config.rank_pattern.items() if key not in ranks}
     config.alpha_pattern = alphas | {key: a for key, a in config.alpha_pattern.items() if key not in alphas}
     if any(not len(part) for part in parts.values()):
-        config.target_modules = [path for path in adapter.patches if path not in parts or len(parts[path])]
+        config.target_modules = [path for path in _layers(adapter) if path not in parts or len(parts[path])]
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     return config

@@ -299,10 +299,10 @@ def base_weight(site: Site) -> np.ndarray:
 
 
 def _is_dense(site: Site, init: str) -> bool:
-    """Whether the layer is linear; warns of an embedding, and refuses convolutions."""
-    if site.kind == "embedding":
+    """Whether the layer is linear; warns of an embedding or a bare parameter, and refuses convolutions."""
+    if site.kind in ("embedding", "parameter"):
         warnings.warn(
-            f"{site.path} is an embedding, for which there is no init_lora_weights={init!r}: it starts as with True.",
+            f"{site.path} is {'an' if site.kind == 'embedding' else 'a'} {site.kind}, for which there is no init_lora_weights={init!r}: it starts as with True.",
             PeftWarning,
             stacklevel=5,
         )

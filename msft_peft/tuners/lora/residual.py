@@ -37,7 +37,7 @@ def as_plain_lora(
 
     Raises:
         ConfigError: the adapter is no LoRA, or its initialisation changes no base weight or does so by more than
-            s·B₀·A₀ (LoftQ).
+            s·B₀·A₀ (LoftQ), or it has `target_parameters`.
         FileNotFoundError: nothing is saved there.
         LoadError: what is saved there does not fit the adapter.
 
@@ -54,6 +54,10 @@ def as_plain_lora(
         raise ConfigError(
             "path_initial_model_for_weight_conversion: LoftQ quantises the base weights, which no LoRA can undo. Save "
             "the adapter without: loading it quantises the base again."
+        )
+    if config.target_parameters:
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion does not work with target_parameters: save without."
         )
     below = Path(initial) / adapter.name
     started = read_tensors(below if below.is_dir() else initial)
