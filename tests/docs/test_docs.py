@@ -12,7 +12,7 @@ import pytest
 from msft_peft.models import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "README_CN.md", "docs/training.md", "docs/combining.md"]
+PAGES = ["README.md", "README_CN.md", "docs/training.md", "docs/combining.md", "docs/initialisation.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -301,8 +301,10 @@ def base_weight(site: Site) -> np.ndarray:
 def _is_dense(site: Site, init: str) -> bool:
     """Whether the layer is linear; warns of an embedding or a bare parameter, and refuses convolutions."""
     if site.kind in ("embedding", "parameter"):
+        article = "an" if site.kind == "embedding" else "a"
         warnings.warn(
-            f"{site.path} is {'an' if site.kind == 'embedding' else 'a'} {site.kind}, for which there is no init_lora_weights={init!r}: it starts as with True.",
+            f"{site.path} is {article} {site.kind}, for which there is no init_lora_weights={init!r}: it starts as with "
+            "True.",
             PeftWarning,
             stacklevel=5,
         )
