@@ -1,13 +1,15 @@
 """Putting adapters into a model and taking them out: everything is prepared and checked before the tree is touched."""
 
+import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mindspore import Parameter, nn
 
+from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import Named, get_child, named_parameters, owners, refresh_names, replace_cells
 from msft_peft.config import PeftConfig, TargetedConfig
@@ -139,7 +141,8 @@ def prepare(model: nn.Cell, config: PeftConfig, name: str, autocast: bool = True
     modules = _modules_to_save(config, cells)
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
-    patches = {path: classes[site.kind](site, config, autocast) for path, site in sites.items()}
+    with _given_back(model, name):
+        patches = {path: classes[site.kind](site, config, autocast) for path, site in sites.items()}
     if method.extras is not None:
         extras = method.extras(model, config, cells, autocast)
         _check_extras(model, extras, {*patches, *modules})
@@ -359,6 +362,20 @@ def _check_extras(model: nn.Cell, extras: dict[str, Patch], taken: set[str]) -> 
             )
 
 
+@contextlib.contextmanager
+def _given_back(model: nn.Cell, name: str) -> Iterator[None]:
+    """Inside the block the base weights have what adapter `name` took from them; afterwards they are as they were."""
+    short = [w for _, w in wrappers(model) if isinstance(w, TunerLayer) and name in w.given]
+    before = [to_numpy(layer.weight).copy() for layer in short]
+    try:
+        for layer in short:
+            layer.give_back(name)
+        yield
+    finally:
+        for layer, weight in zip(short, before, strict=True):
+            write(layer.weight, weight)
+
+
 def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> None:
     """What is taken from the base weights must have been computed from those weights themselves, and be theirs alone.
 
@@ -391,8 +408,6 @@ def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> Non
             )
     if any(layer.merged for layer in layers):
         raise MergeError("This adapter's initial weights are taken from the base weights: unmerge the model first.")
-    if any(name in layer.given for layer in layers):
-        raise AdapterNameError(f"Adapter {name} has changed the base weights: delete it first, which restores them.")
 
 
 def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[str, nn.Cell]:

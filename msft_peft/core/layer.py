@@ -196,9 +196,10 @@ class TunerLayer(Wrapper):
     def discard(self, name: str) -> None:
         if name not in self.adapters._cells:
             return
-        patch = self.adapters._cells.pop(name)
         if name in self.given:
-            self._write_weight(patch.regained(self._full_weight(), self.given.pop(name)))
+            self.give_back(name)
+            del self.given[name]
+        patch = self.adapters._cells.pop(name)
         for place in {place_of(key)[0] for key in patch.keys.values()}:
             self.views[place].drop(name)
             if not len(self.views[place]):
@@ -227,6 +228,10 @@ class TunerLayer(Wrapper):
     def _full_weight(self) -> Tensor:
         """The base weight in torch's layout and at least float32."""
         return self.site.from_storage(_at_least_float32(self.site.weight))
+
+    def give_back(self, name: str) -> None:
+        """Write what the base weight is without what the adapter took from it; nothing else changes."""
+        self._write_weight(self.adapters[name].regained(self._full_weight(), self.given[name]))
 
     def _write_weight(self, w: Tensor) -> None:
         """Write the base weight, given in torch's layout."""

@@ -287,6 +287,40 @@ def test_conversion_refuses_and_writes_nothing(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("init", [*RESIDUAL, "loftq"])
+def test_files_load_over_an_adapter_that_changed_the_base(init, tmp_path):
+    model = adapted(init)
+    shake(weights_of(model, "default"))
+    wanted = output(model, dense().sample())
+    model.save_pretrained(tmp_path)
+    base = array(model.base_model.model.lin0.base_layer.weight).copy()
+    shake(weights_of(model, "default"), seed=2)
+    assert np.abs(output(model, dense().sample()) - wanted).max() > 0.1
+    model.load_adapter(tmp_path, "default")
+    np.testing.assert_array_equal(array(model.base_model.model.lin0.base_layer.weight), base)
+    np.testing.assert_allclose(output(model, dense().sample()), wanted, atol=1e-6)
+    other = adapted(init, r=3)  # other settings: the adapter is replaced whole, and its base with it
+    other.load_adapter(tmp_path, "default")
+    np.testing.assert_allclose(output(other, dense().sample()), wanted, atol=1e-5)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(LoadError):
+        other.load_adapter(tmp_path, "default")
+    np.testing.assert_allclose(output(other, dense().sample()), wanted, atol=1e-5)
+
+
+def test_two_of_them_and_either_can_go():
+    base = dense()
+    before = {p.name: array(p).copy() for p in base.get_parameters()}
+    model = adapted("pissa", base)
+    with pytest.warns(PeftWarning, match="OLoRA changes the base weights"):
+        model.add_adapter("two", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="olora"))
+    shake(weights_of(model, "default"))
+    model.delete_adapter("two")
+    model.unload()
+    for p in base.get_parameters():
+        np.testing.assert_allclose(array(p), before[p.name], atol=5e-7)
+
+
 def test_merging_gives_the_adapted_weight():
     model = adapted("pissa")
     shake(weights_of(model, "default"))

@@ -303,8 +303,8 @@ def _is_dense(site: Site, init: str) -> bool:
     if site.kind in ("embedding", "parameter"):
         article = "an" if site.kind == "embedding" else "a"
         warnings.warn(
-            f"{site.path} is {article} {site.kind}, for which there is no init_lora_weights={init!r}: it starts as with "
-            "True.",
+            f"{site.path} is {article} {site.kind}, for which there is no init_lora_weights={init!r}: it starts as "
+            "with True.",
             PeftWarning,
             stacklevel=5,
         )
