@@ -7,12 +7,13 @@ from msft_peft.tuners.lora.corda import preprocess_corda
 from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
 from msft_peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from msft_peft.tuners.lora.extras import extra_patches
-from msft_peft.tuners.lora.model import LoraModel
 from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from msft_peft.tuners.lora.lora_ga import preprocess_loraga
+from msft_peft.tuners.lora.model import LoraModel
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 
 __all__ = [
+    "METHOD",
     "CordaConfig",
     "EvaConfig",
     "LoftQConfig",
@@ -22,7 +23,6 @@ __all__ = [
     "LoraModel",
     "LoraPatch",
     "LoraRuntimeConfig",
-    "METHOD",
     "convert_to_lora",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
