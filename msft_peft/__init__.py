@@ -1,10 +1,21 @@
 """HuggingFace's PEFT API over MindSpore: `from msft_peft import LoraConfig, get_peft_model`."""
 
-from msft_peft import tuners
-from msft_peft.config import PeftConfig, TaskType
-from msft_peft.core.inject import inject_adapter_in_model
-from msft_peft.core.switch import rescale_adapter_scale
-from msft_peft.core.tuner import Tuner
+from msft_peft import (
+    tuners,
+)
+from msft_peft.config import (
+    PeftConfig,
+    TaskType,
+)
+from msft_peft.core.inject import (
+    inject_adapter_in_model,
+)
+from msft_peft.core.switch import (
+    rescale_adapter_scale,
+)
+from msft_peft.core.tuner import (
+    Tuner,
+)
 from msft_peft.errors import (
     AdapterNameError,
     ConfigError,
@@ -14,8 +25,12 @@ from msft_peft.errors import (
     PeftError,
     PeftWarning,
 )
-from msft_peft.io.adapter import check_if_peft_model
-from msft_peft.io.load import LoadReport
+from msft_peft.io.adapter import (
+    check_if_peft_model,
+)
+from msft_peft.io.load import (
+    LoadReport,
+)
 from msft_peft.io.state import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
@@ -38,8 +53,26 @@ from msft_peft.model import (
     get_model_status,
     get_peft_model,
 )
-from msft_peft.registry import discover, get_peft_config, peft_types
-from msft_peft.tuners.lora import LoraConfig, LoraRuntimeConfig
+from msft_peft.registry import (
+    discover,
+    get_peft_config,
+    peft_types,
+)
+from msft_peft.tuners.lora import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraModel,
+    LoraRuntimeConfig,
+    convert_to_lora,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+    save_as_lora,
+)
 from msft_peft.tuners.lora.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
@@ -49,16 +82,19 @@ from msft_peft.tuners.lora.hotswap import (
 
 discover(tuners)
 PeftType = peft_types()
-LoraModel = Tuner
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterNameError",
     "ConfigError",
+    "CordaConfig",
+    "EvaConfig",
     "LoadError",
     "LoadReport",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "MergeError",
@@ -81,7 +117,9 @@ __all__ = [
     "TunerModelStatus",
     "check_hotswap_configs_compatible",
     "check_if_peft_model",
+    "convert_to_lora",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -89,10 +127,14 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_compiled_hotswap",
+    "preprocess_corda",
+    "preprocess_loraga",
     "rescale_adapter_scale",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

@@ -55,11 +55,24 @@ def inherit_mode(new: nn.Cell, old: nn.Cell) -> None:
     new._phase = old._phase
 
 
-def refresh_names(root: nn.Cell) -> None:
-    """Make each `p.name` the path of p below `root`; without it optimizers, checkpoints and graphs see duplicates."""
-    root.update_parameters_name()
+def refresh_names(root: nn.Cell, prefix: str = "") -> None:
+    """Make each `p.name` the path of p below `root`; without it optimizers, checkpoints and graphs see duplicates.
+
+    Args:
+        root: the outermost cell, or one inside it.
+        prefix: what stands before those paths where `root` is not the outermost cell, see `names_prefix`.
+    """
+    root.update_parameters_name(prefix)
     for _, cell in root.cells_and_names():
         cell._is_check_and_refresh = False
+
+
+def names_prefix(root: nn.Cell) -> str:
+    """What stands before the paths below `root` in the names of its parameters: "base_model." for a Tuner's."""
+    for path, p in root.parameters_and_names():
+        if p.name.endswith(path):
+            return p.name.removesuffix(path)
+    return ""
 
 
 def torch_name(owner: nn.Cell, local: str) -> str:

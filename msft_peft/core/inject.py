@@ -1,15 +1,17 @@
 """Putting adapters into a model and taking them out: everything is prepared and checked before the tree is touched."""
 
+import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mindspore import Parameter, nn
 
+from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
-from msft_peft.backend.tree import Named, get_child, named_parameters, refresh_names, replace_cells
+from msft_peft.backend.tree import Named, get_child, named_parameters, owners, refresh_names, replace_cells
 from msft_peft.config import PeftConfig, TargetedConfig
 from msft_peft.core.keys import narrowed
 from msft_peft.core.layer import (
@@ -144,7 +146,8 @@ def prepare(
     modules = _modules_to_save(config, cells)
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
-    patches = {path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()}
+    with _given_back(model, name):
+        patches = {path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()}
     if method.extras is not None:
         extras = method.extras(model, config, cells, autocast, low_cpu_mem_usage)
         _check_extras(model, extras, {*patches, *modules})
@@ -263,9 +266,9 @@ def configs_of(model: nn.Cell) -> dict[str, PeftConfig]:
     return getattr(model, "peft_config", {})
 
 
-def settle(root: nn.Cell) -> None:
+def settle(root: nn.Cell, prefix: str = "") -> None:
     """What must follow every edit of the tree: parameters are named after their paths, compiled graphs are dropped."""
-    refresh_names(root)
+    refresh_names(root, prefix)
     drop_compiled()
 
 
@@ -373,15 +376,52 @@ def _check_extras(model: nn.Cell, extras: dict[str, Patch], taken: set[str]) -> 
             )
 
 
+@contextlib.contextmanager
+def _given_back(model: nn.Cell, name: str) -> Iterator[None]:
+    """Inside the block the base weights have what adapter `name` took from them; afterwards they are as they were."""
+    short = [w for _, w in wrappers(model) if isinstance(w, TunerLayer) and name in w.given]
+    before = [to_numpy(layer.weight).copy() for layer in short]
+    try:
+        for layer in short:
+            layer.give_back(name)
+        yield
+    finally:
+        for layer, weight in zip(short, before, strict=True):
+            write(layer.weight, weight)
+
+
 def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> None:
-    """What is taken from the base weights must have been computed from those weights themselves."""
-    if not any(patch.residual for patch in patches.values()):
-        return
+    """What is taken from the base weights must have been computed from those weights themselves, and be theirs alone.
+
+    Warns of adapters beside one that changes the base weights, under which the others were or will be made.
+    """
     layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer)]
+    mine = {patch.title for patch in patches.values() if patch.residual}
+    others = {layer.adapters[key].title for layer in layers for key in layer.given if key != name}
+    if mine and any(key != name for key in configs_of(model)):
+        others |= mine
+    for title in sorted(others):
+        warnings.warn(
+            f"{title} changes the base weights of the model and should thus not be used with other adapters. Consider "
+            f"converting the {title} adapter into a normal LoRA adapter: save_pretrained(directory, "
+            "path_initial_model_for_weight_conversion=...).",
+            PeftWarning,
+            stacklevel=4,
+        )
+    if not mine:
+        return
+    holders = owners(model)
+    for path, patch in patches.items():
+        # Replicated blocks share their weights as well.
+        alike = [other for other, p in patches.items() if p.site.weight is patch.site.weight]
+        tied = max(holders.get(id(patch.site.weight), []), alike, key=len) if patch.residual else []
+        if len(tied) > 1:
+            raise ConfigError(
+                f"{patch.title} changes the weight of {path}, which is tied: {' and '.join(tied)} hold the same "
+                "Parameter. Give one a copy first, or leave the layer out of target_modules."
+            )
     if any(layer.merged for layer in layers):
         raise MergeError("This adapter's initial weights are taken from the base weights: unmerge the model first.")
-    if any(name in layer.given for layer in layers):
-        raise AdapterNameError(f"Adapter {name} has changed the base weights: delete it first, which restores them.")
 
 
 def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[str, nn.Cell]:

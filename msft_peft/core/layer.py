@@ -205,9 +205,10 @@ class TunerLayer(Wrapper):
     def discard(self, name: str) -> None:
         if name not in self.adapters._cells:
             return
-        patch = self.adapters._cells.pop(name)
         if name in self.given:
-            self._write_weight(self._full_weight() + patch.delta_of(self.given.pop(name)))
+            self.give_back(name)
+            del self.given[name]
+        patch = self.adapters._cells.pop(name)
         for place in {place_of(key)[0] for key in patch.keys.values()}:
             self.views[place].drop(name)
             if not len(self.views[place]):
@@ -236,6 +237,10 @@ class TunerLayer(Wrapper):
     def _full_weight(self) -> Tensor:
         """The base weight in torch's layout and at least float32."""
         return self.site.from_storage(_at_least_float32(self.site.weight))
+
+    def give_back(self, name: str) -> None:
+        """Write what the base weight is without what the adapter took from it; nothing else changes."""
+        self._write_weight(self.adapters[name].regained(self._full_weight(), self.given[name]))
 
     def _write_weight(self, w: Tensor) -> None:
         """Write the base weight, given in torch's layout."""
@@ -380,6 +385,12 @@ class TunerLayer(Wrapper):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an additive adapter adds to the base weight, as the layer stores it."""
         return self.site.to_storage(self.adapters[adapter].delta_weight(), tuple(self.weight.shape))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether what the adapter does here is to add to a weight that a low-rank product can be added to."""
+        patch = self.held().get(adapter_name)
+        fits = self.site.groups == 1 and self.site.kind != "parameter"
+        return fits and isinstance(patch, Patch) and patch.additive and patch.invocation is None
 
     def __getattr__(self, name: str) -> Any:
         """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name."""

@@ -36,6 +36,8 @@ class Patch(nn.Cell):
     auxiliary = False
     reads_base = False
     rides = False
+    # What its initialisation is called, where warnings are given of a `residual` adapter.
+    title = ""
     invocation: tuple[int, ...] | None = None
 
     def __init__(self, site: Site, config: PeftConfig, autocast: bool = True, low_cpu_mem_usage: bool = False) -> None:
@@ -149,6 +151,10 @@ class Patch(nn.Cell):
     def remainder(self, w: Tensor) -> Tensor:
         """What the base weight w becomes when a fresh `residual` adapter is put in."""
         return w - self.delta_weight()
+
+    def regained(self, w: Tensor, given: Mapping[str, np.ndarray]) -> Tensor:
+        """The base weight once a `residual` adapter is taken out: w and what it gave up; `given` was the fresh one."""
+        return w + self.delta_of(given)
 
     def check_mergeable(self) -> None:
         """Raise `MergeError` if this Patch cannot be merged where it sits."""

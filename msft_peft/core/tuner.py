@@ -71,6 +71,11 @@ class Tuner(nn.Cell):
         """The names of the adapters in use (or that would be, were they not disabled)."""
         return inject.active_of(self.model)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can convert the adapter: it has layers, and on each it only adds to the weight."""
+        layers = [layer for layer in switch.layers_of(self.model) if adapter_name in layer.held()]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
     # --- switches -----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

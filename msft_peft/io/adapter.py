@@ -154,11 +154,26 @@ def read_tensors(
 
 
 def _read_safetensors(path: Path) -> Tensors:
+    return Tensors(path, read_arrays(path))
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays in a safetensors file, by name.
+
+    Raises:
+        LoadError: the file is broken; it is named.
+    """
     try:
-        arrays = safetensors.numpy.load_file(path)
+        return safetensors.numpy.load_file(path)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise LoadError(f"{path} is no valid safetensors file: {error}") from error
-    return Tensors(path, arrays)
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with replacing(Path(path)) as temporary:
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        safetensors.numpy.save_file(whole, temporary, metadata={"format": "pt"})
 
 
 def _read_ckpt(path: Path) -> Tensors:

@@ -26,6 +26,7 @@ from msft_peft.io.load import LoadReport, fit
 from msft_peft.io.state import State, taken_from
 from msft_peft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from msft_peft.registry import method_of
+from msft_peft.tuners.lora.residual import as_plain_lora
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
 ROOT_ADAPTER = "default"
@@ -257,6 +258,7 @@ class PeftModel(nn.Cell):
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
         state_dict: State | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
     ) -> None:
         """Write the adapters: weights in both formats, config and model card; trainable weights alone.
 
@@ -272,6 +274,9 @@ class PeftModel(nn.Cell):
             is_main_process: False writes nothing (the other workers of a distributed run).
             state_dict: take the values from here (under parameter names, as in `model.parameters_dict()`), not from
                 the model: gathered ones, say, or those of an earlier step.
+            path_initial_model_for_weight_conversion: where an adapter that changed the base weights (PiSSA, OLoRA,
+                CorDA, LoRA-GA) was saved before its first step: it is written as a plain LoRA of twice the rank for
+                the untouched base, see `as_plain_lora`.
 
         Raises:
             AdapterNameError: a selected adapter is not there.
@@ -292,18 +297,21 @@ class PeftModel(nn.Cell):
         if not is_main_process:
             return
         base = self.get_base_model()
-        adapters = {name: inject.adapter_in(base, name) for name in names}
-        entries = {
-            name: adapter.entries(base) | embeddings_to_save(base, adapter, save_embedding_layers)
-            for name, adapter in adapters.items()
-        }
-        if state_dict is not None:
-            entries = {name: taken_from(state_dict, own) for name, own in entries.items()}
-        for name, own in entries.items():
+        plan = {}
+        for name in names:
+            adapter = inject.adapter_in(base, name)
+            entries, config = adapter.entries(base), adapter.config
+            beside = embeddings_to_save(base, adapter, save_embedding_layers)
+            if state_dict is not None:
+                entries, beside = taken_from(state_dict, entries), taken_from(state_dict, beside)
+            if path_initial_model_for_weight_conversion is not None:
+                entries, config = as_plain_lora(adapter, entries, path_initial_model_for_weight_conversion)
+            plan[name] = entries | beside, config
+        for name, (entries, config) in plan.items():
             directory = Path(save_directory) / ("" if name == ROOT_ADAPTER else name)
-            save_tensors(directory, name, own)
-            self._config_to_save(adapters[name].config).save_pretrained(directory)
-        size = sum(math.prod(named.shape) for own in entries.values() for named in own.values())
+            save_tensors(directory, name, entries)
+            self._config_to_save(config).save_pretrained(directory)
+        size = sum(math.prod(named.shape) for entries, _ in plan.values() for named in entries.values())
         method = str(self.peft_config[names[0]].peft_type) if names else "PEFT"
         tags = ["transformers"] if "_name_or_path" in model_config(base) else []
         write_card(Path(save_directory), self._base_name(), method, size, tags, self._pipeline_tag)
@@ -360,8 +368,9 @@ class PeftModel(nn.Cell):
         adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         fitted = fit(tensors, adapter, model)
         fitted.report.check(strict, ignore_mismatched_sizes, low_cpu_mem_usage)
-        self.load_report = fitted.apply(adapter, model)
         self._install(model, adapter)
+        # Afterwards: what the base weights give up is what the adapter began with.
+        self.load_report = fitted.apply(adapter, model)
         self.set_train(is_trainable)
         return self
 
@@ -402,11 +411,11 @@ class PeftModel(nn.Cell):
         fitted.report.check(strict, ignore_mismatched_sizes, low_cpu_mem_usage)
         if old is not None:
             switch.unmerge_first(base, f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
-        self.load_report = fitted.apply(adapter, base)
         if not same:
             inject.attach(base, adapter)
             inject.use(base, self.active_adapters)
             inject.settle(self)
+        self.load_report = fitted.apply(adapter, base)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
         return self.load_report
 

@@ -30,6 +30,7 @@ class Case:
         identity: False if these settings change the outputs at once, whatever the method's default.
         merges: False if a layer here cannot be merged, though the method can.
         life: it is also tested on what does not depend on the kind of layer: files, switches, failures.
+        residual: the base weights give up what the fresh adapter adds, so that they are not what they were beside it.
         method: filled in by `all_cases`.
     """
 
@@ -42,6 +43,7 @@ class Case:
     identity: bool = True
     merges: bool = True
     life: bool = False
+    residual: bool = False
     method: Method = field(default=None, repr=False)  # type: ignore[assignment]
 
     @property

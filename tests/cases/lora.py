@@ -84,6 +84,8 @@ CASES = (
     Case("dora-conv2d", conv(2, stride=2, has_bias=True), lora(["conv"], use_dora=True), ("conv",)),
     Case("bias-of-b", nets.Dense, lora(["lin0"], lora_bias=True), ("lin0",), life=True),
     Case("tokens", nets.Embedding, lora(["lin"], trainable_token_indices={"emb": [3, 1]}), ("emb", "lin"), life=True),
+    Case("pissa", nets.Dense, lora(["lin0"], init_lora_weights="pissa"), ("lin0",), residual=True),
+    Case("orthogonal", nets.Dense, lora(["lin0", "lin1"], init_lora_weights="orthogonal"), ("lin0", "lin1")),
     Case("tied", nets.Tied, lora(["lin"]), ("lin",)),
     Case("float16", partial(nets.Dense, ms.float16), lora(["lin0", "lin1"]), ("lin0", "lin1")),
     Case("float16-embedding", partial(nets.Embedding, ms.float16), lora(["emb"]), ("emb",)),

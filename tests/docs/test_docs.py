@@ -12,7 +12,8 @@ import pytest
 from msft_peft.models import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "README_CN.md", "docs/training.md", "docs/state.md"]
+PAGES = ["README.md", "README_CN.md"]
+PAGES += [f"docs/{name}.md" for name in ("training", "combining", "initialisation", "state")]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -15,7 +15,7 @@ LIBRARY = ROOT / "msft_peft"
 
 # From the top down. A layer may import the layers on the lines below its own.
 STACK = (
-    {"model"},
+    {"model", "optimizers"},
     {"tuners", "prompts"},
     {"io"},
     {"core"},

@@ -103,8 +103,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 NOT_BUILT = (
-    "megatron_config loftq_config eva_config corda_config lora_ga_config velora_config use_qalora monteclora_config "
-    "use_bdlora arrow_config kasa_config ensure_weight_tying"
+    "megatron_config velora_config use_qalora monteclora_config use_bdlora arrow_config kasa_config "
+    "ensure_weight_tying"
 ).split()
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -173,7 +173,11 @@ def test_configs_share_no_defaults():
 @pytest.mark.parametrize("name", OTHERS)
 def test_each_field_is_accepted_and_survives_json(name: str, tmp_path: Path):
     config = LoraConfig(**OTHERS[name])
-    assert getattr(config, name) == OTHERS[name][name]
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value):
+        assert value == type(value)(**OTHERS[name][name])
+    else:
+        assert value == OTHERS[name][name]
     config.save_pretrained(tmp_path)
     read = PeftConfig.from_pretrained(tmp_path)
     assert type(read) is LoraConfig
@@ -234,10 +238,9 @@ def test_what_is_not_built_is_refused_on_a_model_and_not_before(name: str):
     assert state_of(base) == before
 
 
-@pytest.mark.parametrize("init", "eva olora pissa pissa_niter_4 corda orthogonal lora_ga mica".split())
-def test_inits_that_are_not_built(init: str):
-    config = LoraConfig(target_modules=["lin0"], init_lora_weights=init)
-    with pytest.raises(NotImplementedError, match=rf"LoraConfig\.init_lora_weights='{init}' is not built yet"):
+def test_the_init_that_is_not_built():
+    config = LoraConfig(target_modules=["lin0"], init_lora_weights="mica")
+    with pytest.raises(NotImplementedError, match=r"LoraConfig\.init_lora_weights='mica' is not built yet"):
         get_peft_model(nets.Dense(), config)
 
 

@@ -2,11 +2,34 @@
 
 from msft_peft.registry import Method
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
+from msft_peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+from msft_peft.tuners.lora.corda import preprocess_corda
 from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
+from msft_peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from msft_peft.tuners.lora.extras import extra_patches
+from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from msft_peft.tuners.lora.lora_ga import preprocess_loraga
+from msft_peft.tuners.lora.model import LoraModel
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 
-__all__ = ["METHOD", "LoraConfig", "LoraEmbeddingPatch", "LoraPatch", "LoraRuntimeConfig"]
+__all__ = [
+    "METHOD",
+    "CordaConfig",
+    "EvaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraEmbeddingPatch",
+    "LoraGAConfig",
+    "LoraModel",
+    "LoraPatch",
+    "LoraRuntimeConfig",
+    "convert_to_lora",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "save_as_lora",
+]
 
 # The layers that HF peft 0.21.2 adapts by default, architectures with equal names together.
 _DEFAULT_TARGETS: dict[tuple[str, ...], list[str] | str] = {
@@ -42,4 +65,5 @@ METHOD = Method(
     | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"},
     mixed=True,
     extras=extra_patches,
+    tuner=LoraModel,
 )

@@ -2,16 +2,18 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from msft_peft.config import TargetedConfig, check_regex
 from msft_peft.errors import ConfigError, PeftWarning
+from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
 VARIANTS = ("", "dora", "alora")
-BUILT_INITS = (True, False, "gaussian")
+SUB_CONFIGS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
 
 
 @dataclass
@@ -51,13 +53,15 @@ class LoraConfig(TargetedConfig):
         alora_invocation_tokens: the adapter acts from the last occurrence of these token ids on, and before them the
             model is the base model, whose key/value cache it may share (activated LoRA; dense layers only).
         init_lora_weights: True (A He-uniform with a = √5, B zero), "gaussian" (A ~ N(0, 1/r), B zero), False (both
-            drawn as True draws A: the adapter changes the output at once), or the name of an initialisation of HF's.
+            drawn as True draws A: the adapter changes the output at once), or one that starts from the base weight or
+            from data: "orthogonal", "olora", "pissa", "pissa_niter_<n>", "loftq", "corda", "eva", "lora_ga"; see
+            docs/initialisation.md.
+        loftq_config, eva_config, corda_config, lora_ga_config: settings of these, as objects or dicts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     The other fields are HF's, for options that are not built yet: megatron_config, megatron_core,
-    loftq_config, eva_config, corda_config, lora_ga_config, velora_config, use_qalora,
-    qalora_group_size, monteclora_config, runtime_config, use_bdlora,
-    arrow_config, kasa_config, ensure_weight_tying.
+    velora_config, use_qalora, qalora_group_size, monteclora_config, runtime_config, use_bdlora, arrow_config,
+    kasa_config, ensure_weight_tying, and for init_lora_weights="mica".
 
     Raises:
         ConfigError: a value out of range, an unknown initialisation, or options that exclude each other.
@@ -146,6 +150,9 @@ class LoraConfig(TargetedConfig):
         init = self.init
         if init == "loftq" and not self.loftq_config:
             raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        if str(init).startswith("pissa_niter_") and not str(init).removeprefix("pissa_niter_").isdecimal():
+            raise ConfigError(f"init_lora_weights={init!r}: 'pissa_niter_' must be followed by a number of iterations")
+        self._settle_sub_configs()
         for name, wanted in (("loftq_config", "loftq"), ("eva_config", "eva"), ("corda_config", "corda")):
             if getattr(self, name) and init != wanted:
                 warnings.warn(
@@ -153,6 +160,26 @@ class LoraConfig(TargetedConfig):
                     PeftWarning,
                     stacklevel=4,
                 )
+
+    def _settle_sub_configs(self) -> None:
+        """Sub-configs as objects, whether they come as such, as dicts from a file, or not at all."""
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)  # HF keeps this one as a dict
+        for init, kind in SUB_CONFIGS.items():
+            name = f"{init}_config"
+            value = getattr(self, name)
+            if value is None and init == self.init and init != "lora_ga":
+                title = {"eva": "EVA", "corda": "CorDA"}[init]
+                warnings.warn(
+                    f"`init_lora_weights` is '{init}' but `{name}` is not specified. Using default {title} config.",
+                    PeftWarning,
+                    stacklevel=5,
+                )
+                setattr(self, name, kind())
+            elif isinstance(value, Mapping):
+                setattr(self, name, kind(**value))
+            elif value is not None and not isinstance(value, kind):
+                raise ConfigError(f"`{name}` must be a {kind.__name__} or a dict, got {type(value).__name__}")
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -166,29 +193,20 @@ class LoraConfig(TargetedConfig):
         return " and ".join(name for name, asked in chosen.items() if asked)
 
     def require_built(self) -> None:
-        if self.init not in BUILT_INITS:
+        if self.init == "mica":
             raise NotImplementedError(f"LoraConfig.init_lora_weights={self.init_lora_weights!r} is not built yet")
         for f in dataclasses.fields(self):
             if f.name in _NOT_BUILT:
                 default = f.default_factory() if callable(f.default_factory) else f.default
-                if getattr(self, f.name) not in (default, None) and f.name not in self._ignored():
+                if getattr(self, f.name) not in (default, None):
                     raise NotImplementedError(
                         f"LoraConfig.{f.name}={getattr(self, f.name)!r} is not built yet: leave it at {default!r}"
                     )
-
-    def _ignored(self) -> set[str]:
-        """Sub-configs of initialisations that are not chosen: HF ignores them, with the warning given above."""
-        owners = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
-        return {name for name, init in owners.items() if self.init != init}
 
 
 _NOT_BUILT = frozenset(
     {
         "megatron_config",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
         "velora_config",
         "use_qalora",
         "monteclora_config",

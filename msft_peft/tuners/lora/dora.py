@@ -1,10 +1,12 @@
 """DoRA: LoRA turns the rows of a weight, and a learned magnitude says how long they are."""
 
+import numpy as np
 from mindspore import Tensor, ops
 
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.hosts import Site
 from msft_peft.tuners.lora.config import LoraConfig
+from msft_peft.tuners.lora.init import base_weight
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 
 
@@ -32,7 +34,13 @@ class DoraPatch(LoraPatch):
         self._set_magnitude((1, site.out_features, *spatial) if spatial else (site.out_features,))
 
     def _set_magnitude(self, shape: tuple[int, ...]) -> None:
-        norms = as_float32(to_numpy(self.norm()))
+        if self.residual:  # of the base as it will be, with the update: for all but LoftQ the base as it is
+            w = base_weight(self.site)
+            if self.loss is not None:
+                w = w - self.loss + as_float32(to_numpy(self.delta_weight()))
+            norms = np.linalg.norm(w, axis=1)
+        else:
+            norms = as_float32(to_numpy(self.norm()))
         self.lora_magnitude_vector = self.weight("lora_magnitude_vector", shape, norms.reshape(shape))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from mindspore import Tensor, ops
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.tuners.lora.config import LoraConfig
+from msft_peft.tuners.lora.init import start_of
 from msft_peft.tuners.lora.patch import LoraPatch, he_uniform
 
 
@@ -30,6 +31,7 @@ class LoraParameterPatch(LoraPatch):
                 "stacks of matrices (2 or 3 dimensions) can have a low-rank update."
             )
         self.hyperparameters(site, config)
+        start_of(site, config, self.r, self.scaling)  # says what it does not do here
         self.experts = site.shape[0] if len(site.shape) == 3 else 1
         rank = self.r * self.experts
         self.lora_A = self.weight("lora_A.weight", (rank, site.in_features), self.init_of_a(config))

@@ -1,13 +1,14 @@
 """LoRA's mathematics: a low-rank product beside the base layer."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Initializer, Normal
 
-from msft_peft.backend.arrays import to_numpy
+from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named
 from msft_peft.core.patch import Patch
 from msft_peft.core.scale import Scale
@@ -15,19 +16,23 @@ from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, MergeError
 from msft_peft.hosts import Site
 from msft_peft.tuners.lora.config import LoraConfig
+from msft_peft.tuners.lora.init import GRADIENT, TITLES, base_weight, start_of
 
 
 class LoraPatch(Patch):
     """Low-rank update of a dense or convolution layer: y = y₀ + s·B(A(dropout(x))).
 
     Weights:
-        lora_A (r, in) or (r, in, kernel...): He-uniform with a = √5.
-        lora_B (out, r) or (out, r / groups, 1...): zeros, so that a fresh adapter is the identity.
+        lora_A (r, in) or (r, in, kernel...): He-uniform with a = √5, or see `init`.
+        lora_B (out, r) or (out, r / groups, 1...): zeros, so that a fresh adapter is the identity, or see `init`.
         lora_B_bias (out,), with `lora_bias` alone: zeros; y gains s times it.
 
     Source: Hu et al. 2021, arXiv:2106.09685, §4.1. A convolution's A has the base layer's geometry, B is 1×1.
     Differs: a dilated convolution works here; HF builds A without the dilation and fails in the sum.
     """
+
+    # What quantisation took from the base weight, in float32; None if it took nothing or the base gives up s·B·A.
+    loss: np.ndarray | None = None
 
     def setup(self, site: Site, config: LoraConfig) -> None:
         self.hyperparameters(site, config)
@@ -39,8 +44,16 @@ class LoraPatch(Patch):
         kernel = site.shape[2:]
         shape_a = (self.r, site.in_features, *kernel)
         shape_b = (site.out_features, self.r // site.groups, *(1 for _ in kernel))
-        self.lora_A = self.weight("lora_A.weight", shape_a, self.init_of_a(config))
-        self.lora_B = self.weight("lora_B.weight", shape_b, "zeros" if config.init else he_uniform())
+        start = start_of(site, config, self.r, self.scaling)
+        init_b: Initializer | str = "zeros" if config.init else he_uniform()
+        self.lora_A = self.weight("lora_A.weight", shape_a, start.a if start else self.init_of_a(config))
+        self.lora_B = self.weight("lora_B.weight", shape_b, start.b if start else init_b)
+        if start and start.residual:
+            self.residual, self.title = True, TITLES[str(config.init).partition("_niter")[0]]
+            if start.kept is not None:
+                # In the base's own dtype, so that weight and loss add up to the very weight that was there.
+                kept = to_numpy(Tensor(start.kept, site.dtype))
+                self.loss = base_weight(site) - as_float32(kept)
         if config.lora_bias:
             self.lora_B_bias = self.weight("lora_B.bias", (site.out_features,), "zeros")
         self.has_bias, self.drops = config.lora_bias, config.lora_dropout > 0
@@ -87,6 +100,14 @@ class LoraPatch(Patch):
     @property
     def additive(self) -> bool:
         return not self.has_bias
+
+    def remainder(self, w: Tensor) -> Tensor:
+        # The gradient has done its work, and is as large as the weight.
+        self.site.layer.__dict__.pop(GRADIENT, None)
+        return super().remainder(w) if self.loss is None else ops.sub(w, Tensor(self.loss, w.dtype))
+
+    def regained(self, w: Tensor, given: Mapping[str, np.ndarray]) -> Tensor:
+        return super().regained(w, given) if self.loss is None else ops.add(w, Tensor(self.loss, w.dtype))
 
     def delta_weight(self) -> Tensor:
         b = ops.reshape(self.lora_B, (self.site.out_features, -1))
@@ -163,6 +184,7 @@ class LoraEmbeddingPatch(LoraPatch):
 
     def setup(self, site: Site, config: LoraConfig) -> None:
         self.hyperparameters(site, config)
+        start_of(site, config, self.r, self.scaling)  # says what it does not do here
         if config.lora_bias:
             raise ConfigError(f"lora_bias=True is not supported for Embedding: {site.path} is one.")
         self.has_bias = False

@@ -1,0 +1,34 @@
+"""A LoRA adapter for given layers, whatever its config's targets would mean."""
+
+import re
+import warnings
+from collections.abc import Set
+from dataclasses import replace
+
+from mindspore import nn
+
+from msft_peft.core import inject
+from msft_peft.tuners.lora.config import LoraConfig
+
+
+def prepare_exactly(model: nn.Cell, config: LoraConfig, name: str, paths: Set[str]) -> inject.Adapter:
+    """What `core.inject.prepare` makes of the config, but on exactly the layers at `paths`.
+
+    If its targets mean other layers, they are replaced by a regex that spells the paths out. There are no warnings:
+    all there is to say was said when the adapters were made from which this one is derived.
+
+    Raises: as `core.inject.prepare`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = inject.prepare(model, config, name)
+        if set(adapter.patches) == paths:
+            return adapter
+        exact = replace(
+            config,
+            target_modules="|".join(re.escape(path) for path in sorted(paths)),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        return inject.prepare(model, exact, name)
