@@ -24,8 +24,8 @@ class Method:
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         merges: its weights can be folded into the base weights.
         mixed: may be active beside another method in one model.
-        extras: (model, config, its cells by path, autocast, low_cpu_mem_usage) -> Patches beside those at the targets,
-            by path.
+        extras: (model, config, its cells by path, Patches at the targets, paths of tied embeddings, autocast,
+            low_cpu_mem_usage) -> Patches beside those at the targets or in their place, by path.
         tuner: the class of `PeftModel.base_model`, a `core.tuner.Tuner`, where the method has calls of its own.
     """
 

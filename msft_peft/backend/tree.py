@@ -94,6 +94,7 @@ class Named(NamedTuple):
         local: its path here.
         parameter: what holds it. It may be larger than `shape` says: then each of its `blocks` equal parts along the
             first axis begins with the numbers that count, and the rest are zeros (ranks padded for hot swapping).
+        turned: it holds the transposed matrix.
     """
 
     key: str
@@ -101,16 +102,22 @@ class Named(NamedTuple):
     parameter: Parameter
     shape: tuple[int, ...]
     blocks: int = 1
+    turned: bool = False
 
     def read(self) -> np.ndarray:
         """The numbers in `shape`; a view where nothing is padded."""
         stored = to_numpy(self.parameter)
+        if self.turned:
+            return np.ascontiguousarray(stored.T)
         if stored.size == math.prod(self.shape):
             return stored.reshape(self.shape)
         return np.ascontiguousarray(self._framed(stored)[self._corner()]).reshape(self.shape)
 
     def write(self, array: np.ndarray) -> None:
         """Write numbers of `shape`, in place."""
+        if self.turned:
+            write(self.parameter, np.ascontiguousarray(array.T))
+            return
         if self.parameter.size == math.prod(self.shape):
             write(self.parameter, array.reshape(self.parameter.shape))
             return

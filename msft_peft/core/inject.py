@@ -18,7 +18,6 @@ from msft_peft.core.layer import (
     ModulesToSaveWrapper,
     TunerLayer,
     Wrapper,
-    copy_of,
     outer_cells,
     site_of,
     wrappers,
@@ -28,6 +27,7 @@ from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.replication import Blocks, replicated, restore_blocks
 from msft_peft.core.routing import routing_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
+from msft_peft.core.tied import copies_of, say_ties, tied_embeddings
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
 from msft_peft.hosts import Site
 from msft_peft.registry import method_of
@@ -70,7 +70,7 @@ class Adapter:
                 p, (place, rest) = getattr(patch, attribute), place_of(suffix)
                 local = ".".join(part for part in (path, place, self.name, rest) if part)
                 key, shape = f"{path}.{suffix}", patch.shape_of(attribute)
-                found[key] = Named(key, local, p, shape, patch.blocks_of(attribute))
+                found[key] = Named(key, local, p, shape, patch.blocks_of(attribute), patch.turned)
         for path, module in self.modules.items():
             for named in named_parameters(module, tied=True):
                 key, local = f"{path}.{named.key}", f"{path}.modules_to_save.{self.name}.{named.local}"
@@ -143,17 +143,23 @@ def prepare(
     sites = _sites(config, cells, match_targets(config, cells))
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
+    tied, ensure = tied_embeddings(model, cells), getattr(config, "ensure_weight_tying", False)
     modules = _modules_to_save(config, cells)
+    if tied is not None and ensure and tied.paths & set(modules):
+        modules |= {site.path: site.layer for site in tied}
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
     with _given_back(model, name):
         patches = {path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()}
     if method.extras is not None:
-        extras = method.extras(model, config, cells, autocast, low_cpu_mem_usage)
-        _check_extras(model, extras, {*patches, *modules})
+        extras = method.extras(model, config, cells, patches, tied, autocast, low_cpu_mem_usage)
+        # A Patch may stand in the place of one at a target, if it rides on another or is that one.
+        new = {path: patch for path, patch in extras.items() if not patch.rides and patches.get(path) is not patch}
+        _check_extras(model, new, {*patches, *modules})
         patches |= extras
     _check_residual(model, name, patches)
-    return Adapter(name, config, patches, {path: copy_of(cell) for path, cell in modules.items()}, blocks)
+    say_ties(tied, {*(path for path, patch in patches.items() if not patch.auxiliary), *modules}, ensure)
+    return Adapter(name, config, patches, copies_of(modules, tied if ensure else None), blocks)
 
 
 def attach(model: nn.Cell, adapter: Adapter) -> None:

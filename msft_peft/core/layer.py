@@ -176,7 +176,7 @@ class TunerLayer(Wrapper):
         """Put an adapter here, inactive; one of the same name is replaced."""
         self.discard(name)
         self.adapters[name] = patch.set_train(self.training)
-        for attribute, key in patch.keys.items():
+        for attribute, key in () if patch.rides else patch.keys.items():
             place, rest = place_of(key)
             if place not in self.views:
                 self.views[place] = View()
@@ -209,7 +209,7 @@ class TunerLayer(Wrapper):
             self.give_back(name)
             del self.given[name]
         patch = self.adapters._cells.pop(name)
-        for place in {place_of(key)[0] for key in patch.keys.values()}:
+        for place in {place_of(key)[0] for key in patch.keys.values() if not patch.rides}:
             self.views[place].drop(name)
             if not len(self.views[place]):
                 del self.views[place]

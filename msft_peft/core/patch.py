@@ -28,6 +28,7 @@ class Patch(nn.Cell):
             is given back when the adapter is taken out.
         auxiliary: it is no update of a target layer, but something beside those.
         reads_base: what it does depends on the base weight, which must not have been merged into.
+        turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
         invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
     """
@@ -36,6 +37,7 @@ class Patch(nn.Cell):
     auxiliary = False
     reads_base = False
     rides = False
+    turned = False
     # What its initialisation is called, where warnings are given of a `residual` adapter.
     title = ""
     invocation: tuple[int, ...] | None = None
@@ -164,6 +166,13 @@ class Patch(nn.Cell):
     def additive(self) -> bool:
         """Whether all that this Patch does is to add `delta_weight` to the base weight."""
         return type(self).merged is Patch.merged
+
+
+class Reference:
+    """Another Patch, which is to be no child of the one that knows it."""
+
+    def __init__(self, patch: Any) -> None:
+        self.patch = patch
 
 
 def place_of(key: str) -> tuple[str, str]:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.config import PeftConfig
-from msft_peft.core.patch import Patch
+from msft_peft.core.patch import Patch, Reference
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 
@@ -76,7 +76,7 @@ class TiedTokensPatch(TokensPatch):
     rides = True
 
     def __init__(self, site: Site, config: PeftConfig, autocast: bool, source: TokensPatch) -> None:
-        self.source = _Reference(source)
+        self.source = Reference(source)
         super().__init__(site, config, autocast, *source.place)
 
     def setup(self, site: Site, config: Any) -> None:
@@ -84,13 +84,6 @@ class TiedTokensPatch(TokensPatch):
 
     def rows(self) -> Tensor:
         return self.source.patch.delta
-
-
-class _Reference:
-    """Another Patch, which is no child of this one."""
-
-    def __init__(self, patch: nn.Cell) -> None:
-        self.patch = patch
 
 
 def _checked(indices: Sequence[int], site: Site) -> list[int]:

@@ -87,6 +87,13 @@ MODELS = {
     "llama_tokens": causal(
         "Llama", {"tie_word_embeddings": True}, target_modules=["q_proj"], trainable_token_indices=[5, 24, 11]
     ),
+    "llama_tied_copies": causal(
+        "Llama",
+        {"tie_word_embeddings": True},
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+    ),
     "llama_dora": causal("Llama", target_modules=["q_proj", "down_proj"], use_dora=True),
     "llama_replicated": causal("Llama", target_modules=["v_proj", "up_proj"], layer_replication=[(0, 2), (0, 1)]),
     # The first text of the batch invokes it at its third token, the second one does not.
@@ -334,7 +341,9 @@ def test_files_that_carry_the_embeddings(name, checkpoints, tmp_path):
     same("model output", hf_numbers(again, name)[1], wanted)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3", "llama_embeddings", "llama_tokens", "llama_dora"])
+@pytest.mark.parametrize(
+    "name", ["llama_tied", "llama_tied_copies", "qwen2", "qwen3", "llama_embeddings", "llama_tokens", "llama_dora"]
+)
 def test_greedy_generation(name, checkpoints, tmp_path):
     """The same tokens with the adapter, without it, and with it merged."""
     check_generation(name, checkpoints(name), tmp_path)
@@ -416,3 +425,40 @@ def test_a_batch_divided_among_adapters(mode, checkpoints, tmp_path):
         same("model output", mine(ms.Tensor(ids), adapter_names=names)["logits"].asnumpy(), wanted)
         found = mine.generate(ms.Tensor(ids), adapter_names=names, max_new_tokens=4, do_sample=False)
         np.testing.assert_array_equal(found.asnumpy(), tokens)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_update_for_tied_embeddings(target, mode, checkpoints, tmp_path):
+    """HF's two Parameters in one memory are one Parameter here; the files hold both, and either library reads them."""
+    folder, lora = checkpoints("llama_tied"), {"target_modules": [target], "r": 3, "ensure_weight_tying": True}
+    hf = hf_get_peft_model(hf_base("llama_tied", folder), HfLoraConfig(task_type="CAUSAL_LM", **lora)).eval()
+    rng = np.random.default_rng(1)
+    for key, p in hf.named_parameters():
+        if "lora_embedding" in key:  # the head's are views on these
+            p.data.copy_(torch.tensor(make_weight(key, tuple(p.shape), rng)))
+    save_hf(hf, "llama_embeddings", tmp_path / "theirs")
+    mine = PeftModel.from_pretrained(our_base("llama_tied", folder), tmp_path / "theirs", is_trainable=True)
+    mine.set_train(False)
+    assert len(mine.trainable_params()) == 2
+    logits, wanted = (numbers(model, "llama_tied")[1] for numbers, model in ((our_numbers, mine), (hf_numbers, hf)))
+    same("model output", logits, wanted)
+    # The gradient of what is held once is the sum of HF's two.
+    grads, theirs_ = our_numbers(mine, "llama_tied")[2], hf_numbers(hf, "llama_tied")[2]
+    for table, head in (("lora_embedding_A", "lora_B"), ("lora_embedding_B", "lora_A")):
+        total = theirs_[f"base_model.model.model.embed_tokens.{table}"]
+        total = total + theirs_[f"base_model.model.lm_head.{head}.weight"].T
+        same("model gradient", grads[f"base_model.model.model.embed_tokens.{table}"], total)
+    mine.merge_adapter()
+    same("model output", our_numbers(mine, "llama_tied")[1], wanted, "merged")
+    mine.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=EMBEDDINGS)
+        mine.save_pretrained(tmp_path / "ours")
+    a, b = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors")[0] for who in ("ours", "theirs"))
+    lora_keys = {key for key in b if "lora_" in key}
+    assert {key: a[key] for key in lora_keys} == {key: b[key] for key in lora_keys}
+    again = HfPeftModel.from_pretrained(hf_base("llama_tied", folder), tmp_path / "ours", is_trainable=True).eval()
+    same("model output", hf_numbers(again, "llama_tied")[1], wanted, "HF reads ours")
+    (tmp_path / "ours" / "adapter_model.safetensors").unlink()
+    third = PeftModel.from_pretrained(our_base("llama_tied", folder), tmp_path / "ours", is_trainable=True)
+    same("model output", our_numbers(third.set_train(False), "llama_tied")[1], wanted, "from the ckpt")

@@ -108,6 +108,24 @@ REFUSED = {
         ConfigError,
         "cannot be applied to model.norm",
     ),
+    "tied: another rank": (
+        lambda: llama(tied=True),
+        {"ensure_weight_tying": True, "target_modules": ["lm_head"], "rank_pattern": {"lm_head": 4}},
+        ConfigError,
+        "lm_head has the rank 4",
+    ),
+    "tied: dora": (
+        lambda: llama(tied=True),
+        {"ensure_weight_tying": True, "target_modules": ["lm_head"], "use_dora": True},
+        ConfigError,
+        "ties plain LoRA only",
+    ),
+    "tied: other tokens": (
+        lambda: llama(tied=True),
+        {"ensure_weight_tying": True, "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+        ConfigError,
+        "Cannot ensure weight tying",
+    ),
     "blocks: none known": (nets.Dense, {"layer_replication": [[0, 1]]}, ConfigError, "Could not locate the layers"),
     "blocks: out of range": (
         llama,
@@ -335,3 +353,43 @@ def test_parameters_serve_all_rows():
     model = get_peft_model(Mixture(), LoraConfig(target_modules=[], target_parameters=["first"])).set_train(False)
     with pytest.raises(ConfigError, match="a parameter serves all rows at once"):
         model(nets.floats(1, 2, 4), adapter_names=["default"])
+
+
+# --- tied embeddings ----------------------------------------------------------------------------------------------
+
+
+def test_copies_of_tied_embeddings_are_tied(mode: str):
+    config = LoraConfig(**Q, modules_to_save=["lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(llama(tied=True), config)
+    base = model.get_base_model()
+    copies = [wrapper.modules_to_save["default"] for wrapper in (base.model.embed_tokens, base.lm_head)]
+    assert copies[0].weight is copies[1].weight
+    assert copies[0].weight.requires_grad
+    assert copies[0].weight is not base.lm_head.original_module.weight
+    shake([copies[0].weight])
+    expected = array(model(IDS)["logits"])
+    merged = model.merge_and_unload()
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert_same(merged(IDS)["logits"], expected, "merge")
+
+
+def test_ties_that_are_not_there_or_not_asked_for_are_said():
+    with pytest.warns(UserWarning, match="but no tied modules were found"):
+        get_peft_model(llama(), LoraConfig(**Q, ensure_weight_tying=True))
+    with pytest.warns(UserWarning, match="embed_tokens and lm_head share a weight, and only one is adapted"):
+        get_peft_model(llama(tied=True), LoraConfig(target_modules=["lm_head"]))
+
+
+def test_a_tied_update_is_neither_combined_nor_lost():
+    config = LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(llama(tied=True), config, "one")
+    model.add_adapter("two", config)
+    with pytest.raises(NotImplementedError, match="more than a product of two factors"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "three", "cat")
+    shake(weights_of(model, "two"))
+    model.set_adapter("two")
+    two = array(model(IDS)["logits"])
+    model.delete_adapter("one")
+    assert_same(model(IDS)["logits"], two)
+    model.unload()
+    assert_same(llama(tied=True)(IDS)["logits"], array(model.get_base_model()(IDS)["logits"]))

@@ -48,6 +48,8 @@ class LoraConfig(TargetedConfig):
             `parameter.py`.
         layer_replication: [start, end) ranges of the blocks that the model is to have instead of its own, over the
             same weights, each with an adapter of its own; such a model cannot be merged.
+        ensure_weight_tying: where the model's input and output embeddings share a weight and one of them is adapted or
+            trained whole, the other one is too, with the same update or copy.
         use_dora: learn a magnitude for each output beside the direction; see `dora.py`.
         lora_bias: B has a bias, which is scaled like its product; not for embeddings.
         alora_invocation_tokens: the adapter acts from the last occurrence of these token ids on, and before them the
@@ -59,9 +61,9 @@ class LoraConfig(TargetedConfig):
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these, as objects or dicts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
-    The other fields are HF's, for options that are not built yet: megatron_config, megatron_core,
-    velora_config, use_qalora, qalora_group_size, monteclora_config, runtime_config, use_bdlora, arrow_config,
-    kasa_config, ensure_weight_tying, and for init_lora_weights="mica".
+    The other fields are HF's. Some are for options that are not built yet: velora_config, monteclora_config,
+    use_bdlora, arrow_config, kasa_config, and init_lora_weights="mica". Some are for what MindSpore does not have:
+    megatron_config and megatron_core, use_qalora and qalora_group_size, runtime_config.
 
     Raises:
         ConfigError: a value out of range, an unknown initialisation, or options that exclude each other.
@@ -198,22 +200,21 @@ class LoraConfig(TargetedConfig):
         for f in dataclasses.fields(self):
             if f.name in _NOT_BUILT:
                 default = f.default_factory() if callable(f.default_factory) else f.default
-                if getattr(self, f.name) not in (default, None):
+                value = getattr(self, f.name)
+                if value not in (default, None):
                     raise NotImplementedError(
-                        f"LoraConfig.{f.name}={getattr(self, f.name)!r} is not built yet: leave it at {default!r}"
+                        f"LoraConfig.{f.name}={value!r} {_NOT_BUILT[f.name]}: leave it at {default!r}"
                     )
 
 
-_NOT_BUILT = frozenset(
-    {
-        "megatron_config",
-        "velora_config",
-        "use_qalora",
-        "monteclora_config",
-        "runtime_config",
-        "use_bdlora",
-        "arrow_config",
-        "kasa_config",
-        "ensure_weight_tying",
-    }
-)
+_LATER = "is not built yet"
+_NOT_BUILT = {
+    "megatron_config": "is for Megatron's parallel linear layers, which exist in torch alone",
+    "use_qalora": "is for a base that GPTQ has quantised in groups, and MindSpore has no layers for such weights",
+    "runtime_config": "asks for layers on another device, and a MindSpore process has one device",
+    "velora_config": _LATER,
+    "monteclora_config": _LATER,
+    "use_bdlora": _LATER,
+    "arrow_config": _LATER,
+    "kasa_config": _LATER,
+}

@@ -10,10 +10,13 @@ from msft_peft.core.inject import configs_of, held_ids
 from msft_peft.core.layer import site_of
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import matches_name
+from msft_peft.core.tied import Tied
 from msft_peft.errors import ConfigError, NoMatchingPeftModuleError
-from msft_peft.hosts import Site, input_table, output_head, parameter_site
+from msft_peft.hosts import Site, input_table, parameter_site
 from msft_peft.tuners.lora.config import LoraConfig
 from msft_peft.tuners.lora.parameter import LoraParameterPatch
+from msft_peft.tuners.lora.patch import LoraEmbeddingPatch
+from msft_peft.tuners.lora.tied import LoraTiedPatch
 from msft_peft.tuners.trainable_tokens import DELTA, TiedTokensPatch, TokensPatch
 
 # Where HF's LoRA keeps them below the layer.
@@ -21,20 +24,47 @@ TOKEN_KEY = f"token_adapter.{DELTA}"
 
 
 def extra_patches(
-    model: nn.Cell, config: LoraConfig, cells: Mapping[str, nn.Cell], autocast: bool, low_cpu_mem_usage: bool
+    model: nn.Cell,
+    config: LoraConfig,
+    cells: Mapping[str, nn.Cell],
+    patches: Mapping[str, Patch],
+    tied: Tied | None,
+    autocast: bool,
+    low_cpu_mem_usage: bool,
 ) -> dict[str, Patch]:
-    """The Patches beside those at the target layers, by path.
+    """The Patches beside those at the target layers, or in their place, by path.
+
+    Args:
+        model: the base model.
+        config: the adapter's config.
+        cells: every cell that it can name, by path.
+        patches: those at the target layers.
+        tied: the input table and the output head, if they share a weight.
+        autocast, low_cpu_mem_usage: see `Patch`.
 
     Raises:
         NoMatchingPeftModuleError: a name matches nothing.
         ConfigError: what is named is no place for them.
     """
-    tokens = token_patches(model, config, cells, autocast)
-    return tokens | parameter_patches(model, config, autocast, low_cpu_mem_usage)
+    found = token_patches(model, config, cells, tied, autocast)
+    found |= parameter_patches(model, config, autocast, low_cpu_mem_usage)
+    if config.ensure_weight_tying and tied is not None and tied.paths & set(patches):
+        found |= tied_patches(config, patches, tied, autocast, low_cpu_mem_usage)
+    return found
+
+
+def tied_patches(
+    config: LoraConfig, patches: Mapping[str, Patch], tied: Tied, autocast: bool, low_cpu_mem_usage: bool
+) -> dict[str, Patch]:
+    """One update for a tied table and head, if one of them is a target."""
+    source = patches.get(tied.table.path) or LoraEmbeddingPatch(tied.table, config, autocast, low_cpu_mem_usage)
+    assert isinstance(source, LoraEmbeddingPatch)
+    head = LoraTiedPatch(tied.head, config, autocast, low_cpu_mem_usage, source)
+    return {tied.table.path: source, tied.head.path: head}
 
 
 def token_patches(
-    model: nn.Cell, config: LoraConfig, cells: Mapping[str, nn.Cell], autocast: bool
+    model: nn.Cell, config: LoraConfig, cells: Mapping[str, nn.Cell], tied: Tied | None, autocast: bool
 ) -> dict[str, Patch]:
     """Those of `trainable_token_indices`; a layer tied to one of them follows it."""
     wanted = config.trainable_token_indices
@@ -54,23 +84,17 @@ def token_patches(
             )
         for path in hits:
             found[path] = TokensPatch(_rows_of(cells[path], path), config, autocast, indices, TOKEN_KEY)
-    tied = [cell for cell in (table, output_head(model)) if cell is not None]
-    if len(tied) == 2 and _weight(tied[0]) is _weight(tied[1]):
-        source, head = (paths[id(cell)] for cell in tied)
+    if tied is not None:
+        source, head = tied.table.path, tied.head.path
         same = head in found and source in found and found[head].place == found[source].place
         if source in found and (head not in found or same):
-            found[head] = TiedTokensPatch(_rows_of(tied[1], head), config, autocast, found[source])
+            found[head] = TiedTokensPatch(tied.head, config, autocast, found[source])
         elif head in found and source in found and config.ensure_weight_tying:
             raise ConfigError(
                 "Cannot ensure weight tying when different token indices are specified for tied layers: "
                 f"{source} and {head}. Use the same indices, or set ensure_weight_tying=False."
             )
     return found
-
-
-def _weight(cell: nn.Cell) -> object:
-    site = site_of(cell, "")
-    return None if site is None else site.weight
 
 
 def _rows_of(cell: nn.Cell, path: str) -> Site:

@@ -148,7 +148,7 @@ def _factors_of(patch: Patch) -> tuple[str, str]:
         NotImplementedError: the Patch is more than a product of two factors, or acts on some tokens only.
     """
     for pair in _FACTORS:
-        if set(patch.keys) == set(pair) and patch.additive and patch.invocation is None:
+        if set(patch.keys) == set(pair) and patch.additive and patch.invocation is None and not patch.rides:
             return pair
     raise NotImplementedError(
         f"The adapter at {patch.site.path} is more than a product of two factors (DoRA, lora_bias, aLoRA, "

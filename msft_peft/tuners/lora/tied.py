@@ -1,0 +1,74 @@
+"""LoRA of a head that shares the embedding's weight, and its update."""
+
+from typing import Any
+
+from mindspore import Parameter, Tensor, ops
+
+from msft_peft.config import PeftConfig
+from msft_peft.core.patch import Reference
+from msft_peft.errors import ConfigError
+from msft_peft.hosts import Site
+from msft_peft.tuners.lora.config import LoraConfig
+from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
+
+
+class LoraTiedPatch(LoraPatch):
+    """The embedding's update E + s·(B·A)ᵀ as a head's: A_head = Bᵀ and B_head = Aᵀ.
+
+    It has no weights of its own. In files it has lora_A (r, dim) and lora_B (vocabulary, r), as in HF.
+
+    Differs: HF has two Parameters in one memory, each of which the optimizer moves; here there is one, with the sum of
+    both gradients.
+    """
+
+    rides = True
+    turned = True
+
+    def __init__(
+        self, site: Site, config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool, source: LoraEmbeddingPatch
+    ) -> None:
+        self.source = Reference(source)
+        super().__init__(site, config, autocast, low_cpu_mem_usage)
+
+    def setup(self, site: Site, config: LoraConfig) -> None:
+        if config.variant or config.lora_bias or config.init not in (True, False, "gaussian"):
+            raise ConfigError(
+                "ensure_weight_tying ties plain LoRA only, with init_lora_weights True, False or 'gaussian': at "
+                f"{site.path} variant={config.variant!r}, lora_bias={config.lora_bias}, init={config.init!r}."
+            )
+        self.hyperparameters(site, config)
+        if self.r != self.source.patch.r:
+            raise ConfigError(
+                f"ensure_weight_tying: {site.path} has the rank {self.r} and {self.source.patch.site.path}, to which "
+                f"it is tied, {self.source.patch.r}. Give both the same in rank_pattern."
+            )
+        self.scale = self.source.patch.scale
+        self.has_bias = False
+        self.keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+    @property
+    def lora_A(self) -> Parameter:
+        """The table's B (dim, r): in files it is transposed."""
+        return self.source.patch.lora_embedding_B
+
+    @property
+    def lora_B(self) -> Parameter:
+        """The table's A (r, vocabulary): in files it is transposed."""
+        return self.source.patch.lora_embedding_A
+
+    def shape_of(self, attribute: str) -> tuple[int, ...]:
+        return (self.r, self.site.in_features) if attribute == "lora_A" else (self.site.out_features, self.r)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return ops.add(y, self.update(self.cast(x)))
+
+    def update(self, x: Tensor) -> Tensor:
+        source = self.source.patch
+        h = self.op(x, ops.transpose(source.lora_embedding_B, (1, 0)))
+        return self.op.mix(ops.mul(h, self.scaling), ops.transpose(source.lora_embedding_A, (1, 0)))
+
+    def delta_weight(self) -> Tensor:
+        return self.source.patch.delta_weight()
+
+    def merged(self, w: Tensor, b: Any) -> tuple[Tensor, Any]:
+        return w, b
