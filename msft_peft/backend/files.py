@@ -1,6 +1,7 @@
 """Files: whole or not at all, and from a directory or the Hub alike."""
 
 import contextlib
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
@@ -53,8 +54,15 @@ def fetch(source: str | os.PathLike, name: str, subfolder: str | None = None, **
         hub: passed on to `huggingface_hub.hf_hub_download`.
 
     Raises:
+        TypeError: `hub` holds what that function does not take: a mistyped option, say, or one of torch's.
         FileNotFoundError: `source` is no directory, and cannot be a repository id or was not found as one.
     """
+    unknown = sorted(set(hub) - set(inspect.signature(hf_hub_download).parameters))
+    if unknown:
+        raise TypeError(
+            f"unexpected keyword arguments {unknown}: beside its own, this takes what huggingface_hub.hf_hub_download "
+            "takes (revision, token, cache_dir, local_files_only, ...)."
+        )
     directory = Path(source)
     if directory.is_dir():
         path = directory / (subfolder or "") / name

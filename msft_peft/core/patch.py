@@ -39,7 +39,7 @@ class Patch(nn.Cell):
     rides = False
     turned = False
     # What its initialisation is called, where warnings are given of a `residual` adapter.
-    title = ""
+    title = "This adapter"
     invocation: tuple[int, ...] | None = None
 
     def __init__(self, site: Site, config: PeftConfig, autocast: bool = True, low_cpu_mem_usage: bool = False) -> None:

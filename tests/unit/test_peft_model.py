@@ -4,6 +4,7 @@ import contextlib
 import os
 import stat
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from huggingface_hub import ModelCard
 from mindspore import nn
 
 import msft_peft
-from msft_peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from msft_peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from msft_peft.backend.files import fetch, replacing, write_text
 from tests import nets
-from tests.cases import layers_of, output, shake, weights_of
+from tests.cases import layers_of, output, shake, state_of, weights_of
 from tests.tolerances import assert_same
 
 Q = {"r": 2, "target_modules": ["q"]}
@@ -187,6 +188,17 @@ def test_fetch(tmp_path: Path):
     for source in (tmp_path / "absent", "not a/repo id/at all", "nobody/nothing"):
         with pytest.raises(FileNotFoundError, match="is no directory here, and 'a' could not be had from the Hub"):
             fetch(source, "a", local_files_only=True)
+
+
+def test_mistyped_options_are_refused(tmp_path: Path):
+    model = get_peft_model(nets.Blocks(), LoraConfig(**Q))
+    model.save_pretrained(tmp_path)
+    base = nets.Blocks()
+    before = state_of(base)
+    for load in (partial(PeftModel.from_pretrained, base), LoraConfig.from_pretrained, load_peft_weights):
+        with pytest.raises(TypeError, match=r"unexpected keyword arguments \['device_map', 'revison'\]"):
+            load(tmp_path, revison="main", device_map="auto")
+    assert state_of(base) == before
 
 
 def test_loading_from_a_subfolder(tmp_path: Path):
