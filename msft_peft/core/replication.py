@@ -58,7 +58,7 @@ def replicated(model: nn.Cell, ranges: Sequence[Sequence[int]] | None, adapters:
 
     Raises:
         ConfigError: the model has no known list of blocks, a range lies outside it, or other adapters in the model
-            were made for other blocks.
+            were made for other blocks, those included that have been deleted since.
 
     Source: HF peft's `layer_replication`; Kim et al. 2023, arXiv:2312.15166 (depth up-scaling).
     """
@@ -66,10 +66,11 @@ def replicated(model: nn.Cell, ranges: Sequence[Sequence[int]] | None, adapters:
     there = getattr(model, "peft_replicated", ((),))[0]
     if wanted == there:
         return None
-    if adapters:
+    if adapters or there:
         raise ConfigError(
             f"layer_replication={[list(r) for r in wanted]}: the adapters in the model were made for "
-            f"{[list(r) for r in there] or 'its own blocks'}. All adapters of a model have the same blocks."
+            f"{[list(r) for r in there] or 'its own blocks'}. All adapters of a model have the same blocks; call "
+            "`.unload()` to begin anew."
         )
     cells = outer_cells(model)
     path = next((place for place in _PLACES if isinstance(cells.get(place), nn.CellList)), None)
