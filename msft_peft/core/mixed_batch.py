@@ -40,11 +40,11 @@ def divided(roots: Sequence[nn.Cell], names: Sequence[str], x: Tensor | np.ndarr
     routing = routing_of(model)
     among = sorted(configs_of(model) if ms.get_context("mode") == ms.GRAPH_MODE else {*names} - {BASE})
     phases = [root.phase for root in roots]
-    routing.choose(among or [BASE], names)
-    _note_invocations(model, routing, names, x)
-    for root, phase in zip(roots, phases):
-        root.phase = f"{phase}.{'.'.join(routing.names)}"
     try:
+        routing.choose(among or [BASE], names)
+        _note_invocations(model, routing, names, x)
+        for root, phase in zip(roots, phases):
+            root.phase = f"{phase}.{'.'.join(routing.names)}"
         yield
     finally:
         routing.clear()
