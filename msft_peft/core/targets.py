@@ -96,9 +96,10 @@ def match_targets(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> list[
             PeftWarning,
             stacklevel=2,
         )
+    parameters = getattr(config, "target_parameters", None) or []
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = sorted(getattr(config, field, {}))
-        unmatched = [p for p in patterns if not any(_pattern_matches(p, path) for path in kept)]
+        unmatched = [p for p in patterns if not any(_pattern_matches(p, path) for path in [*kept, *parameters])]
         if unmatched:
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {unmatched}.",

@@ -6,7 +6,7 @@ from msft_peft import ConfigError, LoraConfig, get_peft_model
 from tests import nets
 from tests.cases import shake, state_of, weights_of
 from tests.tolerances import array, assert_same
-from tests.unit.test_variants import IDS, Q, llama
+from tests.unit.test_variants import IDS, Mixture, Q, llama
 
 ALORA = LoraConfig(**Q, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
 LIN0 = LoraConfig(r=2, target_modules=["lin0"])
@@ -32,3 +32,28 @@ def test_a_mixed_batch_that_fails_leaves_the_next_call_alone():
     with pytest.raises(ValueError, match="shape"):  # no token ids to look for invocations in
         model(inputs_embeds=nets.floats(3, 4, 8), adapter_names=["default", "__base__", "__base__"])
     assert_same(model(IDS)["logits"], expected, "exact")
+
+
+def test_patterns_tell_the_parameters_of_a_module_apart(recwarn: pytest.WarningsRecorder):
+    config = LoraConfig(
+        r=2,
+        target_modules=["lin"],
+        target_parameters=["pool.first", "pool.second"],
+        rank_pattern={"pool.first": 4, "pool": 3},
+        alpha_pattern={"second": 6},
+    )
+    model = get_peft_model(Mixture(), config)
+    assert [str(w.message) for w in recwarn if "first" in str(w.message)] == []
+    outer = model.get_base_model().pool
+    first, second = outer.base_layer.adapters["default"], outer.adapters["default"]
+    assert (first.r, first.lora_alpha, first.lora_A.shape) == (4, 8, (12, 5))
+    assert (second.r, second.lora_alpha, second.lora_A.shape) == (2, 6, (6, 4))
+
+
+def test_a_parameter_cannot_wait_for_tokens():
+    net = llama()
+    before = state_of(net)
+    config = LoraConfig(**Q, target_parameters=["up_proj.weight"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="does not work with alora_invocation_tokens"):
+        get_peft_model(net, config)
+    assert state_of(net) == before

@@ -2,6 +2,7 @@
 
 from mindspore import Tensor, ops
 
+from msft_peft.backend.tree import torch_name
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.tuners.lora.config import LoraConfig
@@ -20,7 +21,7 @@ class LoraParameterPatch(LoraPatch):
     """
 
     def setup(self, site: Site, config: LoraConfig) -> None:
-        for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
+        for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens"):
             if getattr(config, name):
                 raise ConfigError(
                     f"target_parameters does not work with {name}={getattr(config, name)!r}: {site.path}"
@@ -37,6 +38,11 @@ class LoraParameterPatch(LoraPatch):
         self.lora_A = self.weight("lora_A.weight", (rank, site.in_features), self.init_of_a(config))
         self.lora_B = self.weight("lora_B.weight", (site.out_features, rank), "zeros" if config.init else he_uniform())
         self.has_bias = False
+
+    @property
+    def name_in_patterns(self) -> str:
+        """The parameter's own path, by which several in one module are told apart."""
+        return f"{self.site.path}.{torch_name(self.site.layer, self.site.weight_name)}"
 
     def delta_weight(self) -> Tensor:
         rank = self.lora_A.shape[0] // self.experts

@@ -68,9 +68,14 @@ class LoraPatch(Patch):
 
     def settings(self, config: LoraConfig) -> tuple[int, float, float]:
         """(rank, alpha, scaling) of this layer by the config."""
-        r = match_pattern(config.rank_pattern, self.site.path, config.r)
-        alpha = match_pattern(config.alpha_pattern, self.site.path, config.lora_alpha)
+        r = match_pattern(config.rank_pattern, self.name_in_patterns, config.r)
+        alpha = match_pattern(config.alpha_pattern, self.name_in_patterns, config.lora_alpha)
         return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+    @property
+    def name_in_patterns(self) -> str:
+        """What the config's patterns call this place."""
+        return self.site.path
 
     @property
     def scaling(self) -> Any:
