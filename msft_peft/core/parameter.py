@@ -26,7 +26,8 @@ class ParameterLayer(TunerLayer):
 
     def value(self) -> Tensor:
         """What the module reads."""
-        w = self.site.weight
+        # Not `site.weight`: a property of an object that is no Cell is a constant to compiled code.
+        w = self.site.layer._params[self.site.weight_name]
         if not self.adapting:
             return w
         for name in self.active:

@@ -1,6 +1,8 @@
 """Variants, extras and switches together: what is left over from one must not meet the next."""
 
+import mindspore as ms
 import pytest
+from mindspore import Tensor, ops
 
 from msft_peft import ConfigError, LoraConfig, get_peft_model
 from tests import nets
@@ -57,3 +59,18 @@ def test_a_parameter_cannot_wait_for_tokens():
     with pytest.raises(ConfigError, match="does not work with alora_invocation_tokens"):
         get_peft_model(net, config)
     assert state_of(net) == before
+
+
+def test_a_parameter_beneath_adapters_can_be_trained_too():
+    model = get_peft_model(Mixture(), LoraConfig(r=2, target_modules=[], target_parameters=["first"]))
+    shake(weights_of(model, "default"))
+    (base,) = [p for p in model.get_parameters() if p.name.endswith("base_layer.first")]
+    base.requires_grad = True
+
+    def loss(x: Tensor) -> Tensor:
+        return ops.reduce_sum(ops.square(model(x)))
+
+    (expected,) = ms.value_and_grad(loss, None, [base])(model.sample())[1]
+    (compiled,) = ms.jit(ms.value_and_grad(loss, None, [base]))(model.sample())[1]
+    assert array(expected).any()
+    assert_same(compiled, expected, "gradient")
