@@ -37,6 +37,12 @@ class Routing:
         self._choice = _table(f"peft_choice_{number}", -1)
         self._starts = _table(f"peft_starts_{number}", 0)
 
+    def __deepcopy__(self, memo: dict) -> "Routing":
+        # Compiled code tells Parameters apart by their names: tables of its own.
+        twin = memo[id(self)] = Routing()
+        twin.invocation = self.invocation
+        return twin
+
     def choose(self, names: Sequence[str], chosen: Sequence[str]) -> None:
         """Send row i through the adapter `chosen[i]`, one of `names`; through the base layers alone if it is none."""
         _require_room(len(chosen))

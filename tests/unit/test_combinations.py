@@ -1,5 +1,7 @@
 """Variants, extras and switches together: what is left over from one must not meet the next."""
 
+import copy
+
 import mindspore as ms
 import pytest
 from mindspore import Tensor, ops
@@ -7,7 +9,7 @@ from mindspore import Tensor, ops
 from msft_peft import ConfigError, LoraConfig, get_peft_model
 from tests import nets
 from tests.cases import shake, state_of, weights_of
-from tests.tolerances import array, assert_same
+from tests.tolerances import array, assert_same, differ
 from tests.unit.test_variants import IDS, Mixture, Q, llama
 
 ALORA = LoraConfig(**Q, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
@@ -74,3 +76,19 @@ def test_a_parameter_beneath_adapters_can_be_trained_too():
     (compiled,) = ms.jit(ms.value_and_grad(loss, None, [base]))(model.sample())[1]
     assert array(expected).any()
     assert_same(compiled, expected, "gradient")
+
+
+def test_a_copy_can_be_compiled_beside_the_original():
+    model = get_peft_model(llama(), ALORA).set_train(False)
+    shake(weights_of(model, "default"))
+    twin = copy.deepcopy(model)
+    shake(weights_of(twin, "default"), 9)
+    twin.update_parameters_name("twin.")
+
+    def both(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return model(ids)["logits"], twin(ids)["logits"]
+
+    expected = [array(logits) for logits in both(IDS)]
+    assert differ(*expected)
+    for logits, wanted in zip(ms.jit(both)(IDS), expected):
+        assert_same(logits, wanted)
