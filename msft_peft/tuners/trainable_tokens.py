@@ -59,7 +59,10 @@ class TokensPatch(Patch):
 
     def change(self) -> Tensor:
         """(len(indices) + 1, dim): what the rows gain; the last one stands for all others."""
-        return ops.concat((ops.sub(self.rows(), self.original), self.nothing), 0)
+        rows = self.rows()
+        # `cast_adapter_dtype` may have given the rows another dtype than they had at first.
+        gained = ops.sub(rows, ops.cast(self.original, rows.dtype))
+        return ops.concat((gained, ops.cast(self.nothing, rows.dtype)), 0)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if self.site.kind == "embedding":

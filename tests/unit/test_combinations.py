@@ -7,8 +7,9 @@ import pytest
 from mindspore import Tensor, ops
 
 from msft_peft import ConfigError, LoraConfig, get_peft_model
+from msft_peft.functional import cast_adapter_dtype
 from tests import nets
-from tests.cases import shake, state_of, weights_of
+from tests.cases import output, shake, state_of, weights_of
 from tests.tolerances import array, assert_same, differ
 from tests.unit.test_variants import IDS, Mixture, Q, llama
 
@@ -92,3 +93,14 @@ def test_a_copy_can_be_compiled_beside_the_original():
     assert differ(*expected)
     for logits, wanted in zip(ms.jit(both)(IDS), expected):
         assert_same(logits, wanted)
+
+
+def test_trainable_tokens_can_be_cast(mode: str):
+    config = LoraConfig(r=2, target_modules=["lin"], trainable_token_indices={"emb": [3, 1]})
+    net = nets.Embedding(ms.float16)
+    model = get_peft_model(net, config, autocast_adapter_dtype=False)
+    shake(weights_of(model, "default"))
+    expected = output(model)
+    cast_adapter_dtype(model, "default")
+    assert {p.dtype for p in weights_of(model, "default")} == {ms.float32}
+    assert_same(model(net.sample()), expected, "merge")
