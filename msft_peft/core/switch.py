@@ -71,6 +71,8 @@ def delete_adapter(model: nn.Cell, adapter_name: str) -> None:
     check_not_merged(model, [adapter_name])
     was_active = adapter_name in inject.active_of(model)
     inject.discard(model, adapter_name)
+    # An adapter that takes this name later is not active for it.
+    inject.use(model, inject.active_of(model))
     left = inject.configs_of(model)
     if was_active and not inject.active_of(model) and left:
         heir = min(left)

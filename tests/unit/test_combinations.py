@@ -104,3 +104,22 @@ def test_trainable_tokens_can_be_cast(mode: str):
     cast_adapter_dtype(model, "default")
     assert {p.dtype for p in weights_of(model, "default")} == {ms.float32}
     assert_same(model(net.sample()), expected, "merge")
+
+
+def test_an_adapter_that_takes_a_deleted_ones_name_is_not_active():
+    model = get_peft_model(nets.Dense(), LIN0, "one")
+    model.add_adapter("two", LIN0)
+    model.base_model.set_adapter(["one", "two"])
+    for name, left in (("two", ["one"]), ("one", [])):
+        model.delete_adapter(name)
+        model.add_adapter(name, LIN0)
+        assert model.active_adapters == list(model.get_base_model().lin0.active) == left
+        model.delete_adapter(name)
+
+
+def test_a_deleted_adapter_no_longer_looks_for_its_tokens():
+    model = get_peft_model(llama(), ALORA).set_train(False)
+    embeds = nets.floats(1, 2, 8)
+    expected = array(llama()(inputs_embeds=embeds)["logits"])
+    model.delete_adapter("default")
+    assert_same(model(inputs_embeds=embeds)["logits"], expected)
