@@ -118,7 +118,8 @@ class Tuner(nn.Cell):
         try:
             yield
         finally:
-            self._set_enabled(before)
+            # Layers that were adapted inside the block are as those that were there before.
+            self._set_enabled(dict.fromkeys(self._paths(), all(before.values())) | before)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its weights. If it was active alone, the first of the others becomes active.
@@ -143,8 +144,6 @@ class Tuner(nn.Cell):
             MergeError: the method or a layer cannot merge, a weight is tied to another layer's, the adapters are
                 disabled, or `safe_merge` met a non-finite number.
         """
-        if not all(wrapper.enabled for _, wrapper in wrappers(self.model)):
-            raise MergeError("The adapters are disabled: merging them would put them into effect. Enable them first.")
         names = self.active_adapters if adapter_names is None else switch.require(self.model, adapter_names)
         plan = [(layer, self._to_merge(layer, names)) for layer in switch.layers_of(self.model)]
         already = sorted({name for layer, _ in plan for name in layer.merged_adapters})
@@ -220,6 +219,8 @@ class Tuner(nn.Cell):
         return [name for name in names if name in layer.held() and name not in layer.merged_adapters]
 
     def _check_merge(self, plan: list[tuple[TunerLayer, list[str]]], finite: bool) -> None:
+        if not all(wrapper.enabled for _, wrapper in wrappers(self.model)):
+            raise MergeError("The adapters are disabled: merging them would put them into effect. Enable them first.")
         for name in {name for _, new in plan for name in new}:
             method = method_of(self.peft_config[name])
             if not method.merges:

@@ -6,7 +6,7 @@ import mindspore as ms
 import pytest
 from mindspore import Tensor, ops
 
-from msft_peft import ConfigError, LoraConfig, get_peft_model
+from msft_peft import ConfigError, LoraConfig, MergeError, get_peft_model
 from msft_peft.functional import cast_adapter_dtype
 from tests import nets
 from tests.cases import output, shake, state_of, weights_of
@@ -123,3 +123,27 @@ def test_a_deleted_adapter_no_longer_looks_for_its_tokens():
     expected = array(llama()(inputs_embeds=embeds)["logits"])
     model.delete_adapter("default")
     assert_same(model(inputs_embeds=embeds)["logits"], expected)
+
+
+def test_layers_adapted_inside_a_disabled_block_are_enabled_after_it():
+    model = get_peft_model(nets.Dense(), LIN0)
+    with model.disable_adapter():
+        model.add_adapter("two", LoraConfig(r=2, target_modules=["lin1"]))
+        fresh = output(model)
+    shake(weights_of(model, "two"))
+    model.set_adapter("two")
+    assert differ(output(model), fresh)
+    model.base_model.disable_adapter_layers()
+    with model.disable_adapter():
+        model.add_adapter("three", LoraConfig(r=2, target_modules=["lin1"]))
+    assert not model.has_active_enabled_adapter
+
+
+def test_disabled_adapters_are_not_merged_for_good():
+    model = get_peft_model(nets.Dense(), LIN0)
+    shake(weights_of(model, "default"))
+    model.base_model.disable_adapter_layers()
+    before = state_of(model)
+    with pytest.raises(MergeError, match="The adapters are disabled"):
+        model.merge_and_unload()
+    assert state_of(model) == before
