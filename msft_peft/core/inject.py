@@ -149,14 +149,14 @@ def prepare(
         modules |= {site.path: site.layer for site in tied}
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
-    with _given_back(model, name):
+    with _bare(model, name):
         patches = {path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()}
-    if method.extras is not None:
-        extras = method.extras(model, config, cells, patches, tied, autocast, low_cpu_mem_usage)
-        # A Patch may stand in the place of one at a target, if it rides on another or is that one.
-        new = {path: patch for path, patch in extras.items() if not patch.rides and patches.get(path) is not patch}
-        _check_extras(model, new, {*patches, *modules})
-        patches |= extras
+        if method.extras is not None:
+            extras = method.extras(model, config, cells, patches, tied, autocast, low_cpu_mem_usage)
+            # A Patch may stand in the place of one at a target, if it rides on another or is that one.
+            new = {path: patch for path, patch in extras.items() if not patch.rides and patches.get(path) is not patch}
+            _check_extras(model, new, set(patches), set(modules))
+            patches |= extras
     _check_residual(model, name, patches)
     say_ties(tied, {*(path for path, patch in patches.items() if not patch.auxiliary), *modules}, ensure)
     return Adapter(name, config, patches, copies_of(modules, tied if ensure else None), blocks)
@@ -370,30 +370,60 @@ def _check_bias(model: nn.Cell, config: TargetedConfig, name: str) -> None:
         )
 
 
-def _check_extras(model: nn.Cell, extras: dict[str, Patch], taken: set[str]) -> None:
+def _check_extras(model: nn.Cell, extras: dict[str, Patch], targets: set[str], modules: set[str]) -> None:
     """A layer has one Patch of an adapter, and what is wrapped for its parameter is wrapped for nothing else."""
     there = dict(wrappers(model))
     for path, patch in extras.items():
         wanted = ParameterLayer if patch.site.kind == "parameter" else TunerLayer
-        if path in taken or type(there.get(path, wanted)) not in (wanted, type):
+        if path in targets or lies_inside(path, modules) or type(there.get(path, wanted)) not in (wanted, type):
             raise ConfigError(
                 f"{path} is to be adapted twice: it is among target_modules or modules_to_save, or another adapter's, "
                 "and among trainable_token_indices or target_parameters. target_modules=[] adapts no layers."
             )
+        if wanted is ParameterLayer:
+            beside = {other for other, extra in extras.items() if extra.site.path != patch.site.path}
+            _check_owner(patch.site, there.get(path), targets | modules | beside)
+
+
+def _check_owner(site: Site, there: Wrapper | None, others: Iterable[str]) -> None:
+    """The module that holds a parameter is wrapped for that, and its own layers keep their paths."""
+    inside = sorted(path for path in others if lies_inside(path, [site.path]))
+    if inside:
+        raise ConfigError(
+            f"target_parameters: {site.path}, which holds {site.weight_name}, also holds what is to be adapted "
+            f"otherwise: {', '.join(inside)}. Adapt one of them only."
+        )
+    if isinstance(there, ParameterLayer) and there.site.weight_name != site.weight_name:
+        raise ConfigError(
+            f"target_parameters: at {site.path} the adapters so far were for {there.site.weight_name}, and now "
+            f"{site.weight_name} is asked for. Target the same parameters, or call `.unload()` to begin anew."
+        )
 
 
 @contextlib.contextmanager
-def _given_back(model: nn.Cell, name: str) -> Iterator[None]:
-    """Inside the block the base weights have what adapter `name` took from them; afterwards they are as they were."""
-    short = [w for _, w in wrappers(model) if isinstance(w, TunerLayer) and name in w.given]
-    before = [to_numpy(layer.weight).copy() for layer in short]
+def _bare(model: nn.Cell, name: str) -> Iterator[None]:
+    """Inside the block nothing is merged into the base weights, and they have what adapter `name` took from them.
+
+    Afterwards they are as they were.
+    """
+    layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer) and (w.merged or name in w.given)]
+    before = [
+        (layer, layer.backups, [(p, to_numpy(p).copy()) for p in (layer.weight, layer.bias) if p is not None])
+        for layer in layers
+    ]
     try:
-        for layer in short:
-            layer.give_back(name)
+        for layer in layers:
+            layer.backups = dict(layer.backups)
+            layer.unmerge()
+            if name in layer.given:
+                layer.give_back(name)
         yield
     finally:
-        for layer, weight in zip(short, before, strict=True):
-            write(layer.weight, weight)
+        for layer, backups, values in before:
+            for p, value in values:
+                write(p, value)
+            layer.backups = backups
+            layer.enable_adapters(layer.enabled)
 
 
 def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> None:

@@ -3,8 +3,9 @@
 import copy
 
 import mindspore as ms
+import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from msft_peft import ConfigError, LoraConfig, MergeError, get_peft_model
 from msft_peft.functional import cast_adapter_dtype
@@ -147,3 +148,86 @@ def test_disabled_adapters_are_not_merged_for_good():
     with pytest.raises(MergeError, match="The adapters are disabled"):
         model.merge_and_unload()
     assert state_of(model) == before
+
+
+class Gated(nn.Cell):
+    """A module with a parameter and a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Parameter(nets.floats(4, 4))
+        self.gate = nn.Dense(4, 4)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.matmul(self.gate(x), self.first)
+
+
+class Outer(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Gated()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.pool(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "text"),
+    [
+        (Outer, {"target_modules": ["gate"], "target_parameters": ["first"]}, "also holds .*pool.gate"),
+        (
+            Outer,
+            {"target_modules": [], "modules_to_save": ["gate"], "target_parameters": ["first"]},
+            "also holds .*pool.gate",
+        ),
+        (Outer, {"target_modules": [], "target_parameters": ["first", "gate.weight"]}, "also holds .*pool.gate"),
+        (
+            llama,
+            {"modules_to_save": ["model"], "target_modules": ["lm_head"], "trainable_token_indices": [1]},
+            "twice",
+        ),
+    ],
+    ids=["layer", "whole", "parameter", "tokens"],
+)
+def test_what_lies_inside_what_is_wrapped_is_refused(make: type, settings: dict, text: str):
+    net = make()
+    before = state_of(net)
+    with pytest.raises(ConfigError, match=text):
+        get_peft_model(net, LoraConfig(r=2, **settings))
+    assert state_of(net) == before
+
+
+def test_the_wrapper_of_a_parameter_is_not_taken_for_anothers():
+    net = Mixture()
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["lin"], target_parameters=["first", "second"]), "a")
+    model.delete_adapter("a")
+    first = LoraConfig(r=2, target_modules=["lin"], target_parameters=["first"])
+    before = state_of(net)
+    with pytest.raises(ConfigError, match="so far were for second"):
+        model.add_adapter("b", first)
+    assert state_of(net) == before
+    again = get_peft_model(model.unload(), first)
+    assert output(again).shape == output(net).shape
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["emb"], "use_dora": True},
+        {"target_modules": ["lin"], "trainable_token_indices": {"emb": [3]}},
+    ],
+    ids=["dora", "tokens"],
+)
+def test_what_starts_from_the_base_starts_from_the_unmerged_one(settings: dict):
+    net = nets.Embedding()
+    rows = array(net.emb.embedding_table)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["emb"]), "one")
+    shake(weights_of(model, "one"))
+    model.merge_adapter()
+    merged = output(model)
+    model.add_adapter("two", LoraConfig(r=2, **settings))
+    assert_same(output(model), merged, "exact")
+    start = array(weights_of(net.emb, "two")[-1])
+    assert_same(start, np.linalg.norm(rows, axis=0) if "use_dora" in settings else rows[[3]])
+    model.unmerge_adapter()
+    assert_same(net.emb.base_layer.embedding_table, rows, "unmerge")
