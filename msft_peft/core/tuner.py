@@ -14,7 +14,7 @@ from msft_peft.config import PeftConfig
 from msft_peft.core import inject, switch
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
 from msft_peft.core.patch import Patch
-from msft_peft.core.routing import invocations, routing_of
+from msft_peft.core.routing import Routing, invocations, routing_of
 from msft_peft.errors import MergeError, PeftWarning
 from msft_peft.registry import method_of
 
@@ -32,7 +32,6 @@ class Tuner(nn.Cell):
     def __init__(self, model: nn.Cell) -> None:
         super().__init__()
         self.model = model
-        self.routing = routing_of(model)
         inherit_mode(self, model)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +57,11 @@ class Tuner(nn.Cell):
             if model is None:
                 raise
             return getattr(model, name)
+
+    @property
+    def routing(self) -> Routing:
+        """What the wrappers now in the model share; others, put in after an `unload`, share another one."""
+        return routing_of(self.model)
 
     # --- which adapters there are -------------------------------------------------------------------------------
 

@@ -231,3 +231,14 @@ def test_what_starts_from_the_base_starts_from_the_unmerged_one(settings: dict):
     assert_same(start, np.linalg.norm(rows, axis=0) if "use_dora" in settings else rows[[3]])
     model.unmerge_adapter()
     assert_same(net.emb.base_layer.embedding_table, rows, "unmerge")
+
+
+def test_an_unloaded_model_is_adapted_again(mode: str):
+    net = llama()
+    model = get_peft_model(net, ALORA).set_train(False)
+    model.unload()
+    plain = array(model(IDS)["logits"])
+    model.add_adapter("again", ALORA)
+    shake(weights_of(model, "again"))
+    model.set_adapter("again")
+    assert differ(model(IDS)["logits"], plain)
