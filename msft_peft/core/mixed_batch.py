@@ -63,7 +63,7 @@ def check(roots: Sequence[nn.Cell], names: Sequence[str], x: Tensor | np.ndarray
             "respectively."
         )
     configs = configs_of(model)
-    unknown = sorted({*names} - {*configs, BASE})
+    unknown = sorted(map(str, {*names} - {*configs, BASE}))
     if unknown:
         raise AdapterNameError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {sorted(configs)}."

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from msft_peft import ConfigError, LoraConfig, MergeError, get_peft_model
+from msft_peft import AdapterNameError, ConfigError, LoraConfig, MergeError, get_peft_model
 from msft_peft.functional import cast_adapter_dtype
 from tests import nets
 from tests.cases import output, shake, state_of, weights_of
@@ -242,3 +242,15 @@ def test_an_unloaded_model_is_adapted_again(mode: str):
     shake(weights_of(model, "again"))
     model.set_adapter("again")
     assert differ(model(IDS)["logits"], plain)
+
+
+@pytest.mark.parametrize("tokens", [5, "ab", [1.5], [True], ["a"]])
+def test_invocation_tokens_are_token_ids(tokens: object):
+    with pytest.raises(ConfigError, match="must be a list of token ids"):
+        LoraConfig(alora_invocation_tokens=tokens, task_type="CAUSAL_LM")
+
+
+def test_names_that_are_no_strings_are_named():
+    model = get_peft_model(nets.Dense(), LIN0).set_train(False)
+    with pytest.raises(AdapterNameError, match=r"non-existing .* 1, None"):
+        model(model.sample(), adapter_names=[1, None, "default"])

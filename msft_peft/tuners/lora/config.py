@@ -125,8 +125,7 @@ class LoraConfig(TargetedConfig):
             raise ConfigError("lora_bias=True is not supported for DoRA, please pass use_dora=False")
         if self.variant not in VARIANTS:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variant}")
-        if self.alora_invocation_tokens == []:
-            raise ConfigError("`alora_invocation_tokens` is an empty list: an adapter that waits for nothing")
+        self._check_invocation()
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", PeftWarning, stacklevel=3)
 
@@ -137,6 +136,13 @@ class LoraConfig(TargetedConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 check_regex(name, pattern)
+
+    def _check_invocation(self) -> None:
+        tokens = self.alora_invocation_tokens
+        if tokens == []:
+            raise ConfigError("`alora_invocation_tokens` is an empty list: an adapter that waits for nothing")
+        if tokens is not None and (not isinstance(tokens, list | tuple) or not all(type(t) is int for t in tokens)):
+            raise ConfigError(f"`alora_invocation_tokens` must be a list of token ids, got {tokens!r}")
 
     @property
     def init(self) -> bool | str:
