@@ -87,13 +87,16 @@ class Adapter:
         found = {}
         for named in named_parameters(model):
             owner, _, leaf = named.key.rpartition(".")
-            owner = owner.removesuffix(".base_layer")
+            while owner.removesuffix(".base_layer") in adapted - {owner}:
+                owner = owner.removesuffix(".base_layer")
             if leaf != "bias" or id(named.parameter) in held or (kind == "lora_only" and owner not in self.patches):
                 continue
             if lies_inside(owner, self.modules):
                 continue  # trained as a part of the whole layer, in the copy
             if owner in adapted:
-                inner = f"{owner}.base_layer."
+                inner = f"{owner}."
+                while inner.removesuffix(".") in adapted:  # more than one wrapper where parameters are adapted
+                    inner += "base_layer."
                 named = named._replace(key=inner + leaf, local=inner + named.local.rpartition(".")[2])
             found[named.key] = named
         return found

@@ -1,13 +1,14 @@
 """Variants, extras and switches together: what is left over from one must not meet the next."""
 
 import copy
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from msft_peft import AdapterNameError, ConfigError, LoraConfig, MergeError, get_peft_model
+from msft_peft import AdapterNameError, ConfigError, LoraConfig, MergeError, PeftModel, get_peft_model
 from msft_peft.functional import cast_adapter_dtype
 from tests import nets
 from tests.cases import output, shake, state_of, weights_of
@@ -254,3 +255,39 @@ def test_names_that_are_no_strings_are_named():
     model = get_peft_model(nets.Dense(), LIN0).set_train(False)
     with pytest.raises(AdapterNameError, match=r"non-existing .* 1, None"):
         model(model.sample(), adapter_names=[1, None, "default"])
+
+
+class Biased(nn.Cell):
+    """Two parameters and a bias in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Parameter(nets.floats(4, 4)), Parameter(nets.floats(4, 4, seed=8))
+        self.bias = Parameter(nets.floats(4, seed=9))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.matmul(ops.matmul(x, self.first), self.second) + self.bias
+
+
+class BiasedOuter(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Biased()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.pool(x)
+
+    def sample(self) -> Tensor:
+        return nets.floats(2, 4)
+
+
+def test_a_bias_beneath_several_wrappers_loads_again(tmp_path: Path):
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["first", "second"], bias="all")
+    model = get_peft_model(BiasedOuter(), config)
+    shake(model.trainable_params())
+    assert "base_model.model.pool.base_layer.base_layer.bias" in [p.name for p in model.trainable_params()]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BiasedOuter(), tmp_path)
+    assert_same(output(loaded), output(model))
+    loaded.load_adapter(tmp_path, "default")
+    assert_same(output(loaded), output(model))
