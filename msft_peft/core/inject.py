@@ -146,6 +146,7 @@ def prepare(
     sites = _sites(config, cells, match_targets(config, cells))
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
+    _check_parameters(model, config, name)
     tied, ensure = tied_embeddings(model, cells), getattr(config, "ensure_weight_tying", False)
     modules = _modules_to_save(config, cells)
     if tied is not None and ensure and tied.paths & set(modules):
@@ -256,7 +257,14 @@ def use(model: nn.Cell, names: Iterable[str]) -> None:
     for _, wrapper in wrappers(model):
         wrapper.activate(names)
     model.peft_active = tuple(names)
-    routing_of(model).invocation = next(iter(invocations_of(model, names)), None)
+    wait(model)
+
+
+def wait(model: nn.Cell) -> None:
+    """Note which tokens the adapters in use wait for; none do while all are switched off."""
+    enabled = any(wrapper.enabled for _, wrapper in wrappers(model))
+    waiting = invocations_of(model, active_of(model)) if enabled else []
+    routing_of(model).invocation = next(iter(waiting), None)
 
 
 def invocations_of(model: nn.Cell, names: Iterable[str]) -> list[tuple[int, ...]]:
@@ -371,6 +379,18 @@ def _check_bias(model: nn.Cell, config: TargetedConfig, name: str) -> None:
             f"Only 1 adapter with bias is supported, got bias={mine!r} for {name!r} beside {biases}. "
             "When using multiple adapters, set bias to 'none' for all adapters."
         )
+
+
+def _check_parameters(model: nn.Cell, config: TargetedConfig, name: str) -> None:
+    """Wrappers of parameters stand around each other in an order of their own, so all adapters must have the same."""
+    mine = sorted(getattr(config, "target_parameters", None) or [])
+    for key, other in configs_of(model).items():
+        theirs = sorted(getattr(other, "target_parameters", None) or [])
+        if key != name and theirs != mine:
+            raise ConfigError(
+                "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                f"parameters, but got {mine} for the new adapter and {theirs} for adapter '{key}'."
+            )
 
 
 def _check_extras(model: nn.Cell, extras: dict[str, Patch], targets: set[str], modules: set[str]) -> None:

@@ -27,7 +27,7 @@ class Patch(nn.Cell):
         residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
             is given back when the adapter is taken out.
         auxiliary: it is no update of a target layer, but something beside those.
-        reads_base: what it does depends on the base weight, which must not have been merged into.
+        reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
         invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.

@@ -216,6 +216,7 @@ class Tuner(nn.Cell):
     def _set_enabled(self, states: Mapping[str, bool]) -> None:
         for path, wrapper in wrappers(self.model):
             wrapper.enable_adapters(states.get(path, wrapper.enabled))
+        inject.wait(self.model)
         drop_compiled()
 
     @staticmethod

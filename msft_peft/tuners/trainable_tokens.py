@@ -91,7 +91,9 @@ class TiedTokensPatch(TokensPatch):
 
 def _checked(indices: Sequence[int], site: Site) -> list[int]:
     rows = site.shape[0]
-    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < rows]
+    if not isinstance(indices, list | tuple) or not all(type(i) is int for i in indices):
+        raise ConfigError(f"trainable_token_indices for {site.path} must be a list of int, got {indices!r}")
+    wrong = [i for i in indices if not 0 <= i < rows]
     if wrong or not len(indices) or len({*indices}) < len(indices):
         what = f"{wrong} are none of its {rows} rows" if wrong else "it names no row, or one twice"
         raise ConfigError(f"trainable_token_indices={list(indices)} for {site.path}: {what}.")

@@ -291,3 +291,41 @@ def test_a_bias_beneath_several_wrappers_loads_again(tmp_path: Path):
     assert_same(output(loaded), output(model))
     loaded.load_adapter(tmp_path, "default")
     assert_same(output(loaded), output(model))
+
+
+def test_a_disabled_adapter_waits_for_no_tokens(mode: str):
+    config = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    model = get_peft_model(llama(), config).set_train(False)
+    with pytest.raises(ValueError, match="looks for them in input_ids"):
+        model(inputs_embeds=nets.floats(1, 2, 8))
+    with model.disable_adapter():
+        assert model(inputs_embeds=nets.floats(1, 2, 8))["logits"].shape == (1, 2, 20)
+    with pytest.raises(ValueError, match="looks for them in input_ids"):
+        model(inputs_embeds=nets.floats(1, 2, 8))
+
+
+def test_the_only_adapter_may_be_replaced_by_one_of_other_parameters(tmp_path: Path):
+    get_peft_model(Mixture(), LoraConfig(target_modules=[], target_parameters=["first"])).save_pretrained(tmp_path)
+    model = get_peft_model(Mixture(), LoraConfig(target_modules=["lin"]))
+    model.load_adapter(tmp_path, "default")
+    assert model.peft_config["default"].target_parameters == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"lora_alpha": "8"}, "`lora_alpha` should be a finite number but the value passed is '8'"),
+        ({"lora_alpha": float("nan")}, "`lora_alpha` should be a finite number"),
+        ({"alpha_pattern": {"q": "b"}}, r"`alpha_pattern\['q'\]` should be a finite number"),
+        ({"lora_dropout": None}, r"`lora_dropout` is a probability in \[0, 1\), got None"),
+    ],
+)
+def test_numbers_must_be_numbers(settings: dict, text: str):
+    with pytest.raises(ConfigError, match=text):
+        LoraConfig(**settings)
+
+
+def test_indices_of_tokens_must_be_whole_numbers():
+    for indices in ({"embed_tokens": 3}, {"embed_tokens": [1.5]}, {"embed_tokens": [True]}):
+        with pytest.raises(ConfigError, match="must be a list of int"):
+            get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=indices))

@@ -1,6 +1,7 @@
 """LoraConfig: HF peft 0.21.2's 42 fields."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -110,8 +111,8 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_ranks()
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"`lora_dropout` is a probability in [0, 1), got {self.lora_dropout}")
+        if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"`lora_dropout` is a probability in [0, 1), got {self.lora_dropout!r}")
         if self.bias not in BIASES:
             raise NotImplementedError(f"Requested bias: {self.bias}, is not implemented. There are {BIASES}.")
         self._check_init()
@@ -133,6 +134,12 @@ class LoraConfig(TargetedConfig):
         for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {rank}")
+        for where, alpha in [
+            ("lora_alpha", self.lora_alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]:
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+                raise ConfigError(f"`{where}` should be a finite number but the value passed is {alpha!r}")
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 check_regex(name, pattern)

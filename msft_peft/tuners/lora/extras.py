@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from mindspore import nn
 
 from msft_peft.backend.tree import named_parameters
-from msft_peft.core.inject import configs_of, held_ids
+from msft_peft.core.inject import held_ids
 from msft_peft.core.layer import site_of
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import matches_name
@@ -110,7 +110,6 @@ def _rows_of(cell: nn.Cell, path: str) -> Site:
 def parameter_patches(model: nn.Cell, config: LoraConfig, autocast: bool, low_cpu_mem_usage: bool) -> dict[str, Patch]:
     """Those of `target_parameters`. Several in one module are wrapped around each other, the first one innermost."""
     wanted = config.target_parameters
-    _check_same_parameters(model, wanted)
     held = held_ids(model)
     own = [entry for entry in named_parameters(model) if wanted and id(entry.parameter) not in held]
     named = {re.sub(r"(\.base_layer)+\.", ".", entry.key): entry for entry in own}
@@ -133,14 +132,3 @@ def parameter_patches(model: nn.Cell, config: LoraConfig, autocast: bool, low_cp
             "names; each must be a parameter's whole path or the end of one from a dot on."
         )
     return found
-
-
-def _check_same_parameters(model: nn.Cell, wanted: list[str] | None) -> None:
-    for name, other in configs_of(model).items():
-        theirs = getattr(other, "target_parameters", None)
-        if sorted(theirs or []) != sorted(wanted or []):
-            raise ConfigError(
-                "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
-                f"parameters, but got {sorted(wanted or [])} for the new adapter and {sorted(theirs or [])} for "
-                f"adapter '{name}'."
-            )
