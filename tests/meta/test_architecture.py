@@ -25,7 +25,7 @@ STACK = (
     {"backend", "errors"},
 )
 # These stand beside the stack, and know nothing of it but its lowest line.
-ASIDE = {"delta", "graph", "models", "parallel"}
+ASIDE = {"delta", "graph", "models"}
 # The package's own __init__, HF's `functional` and the command line are the roof: they may import anything, and nobody
 # imports them.
 ROOF = {"", "__main__", "cli", "functional"}
