@@ -531,4 +531,7 @@ def held_ids(model: nn.Cell) -> set[int]:
 
 def _biases_of(model: nn.Cell, name: str) -> list[Parameter]:
     """The biases that the adapter trains in place."""
+    # Asked of every adapter whenever one is added: looking through the tree for each would be quadratic.
+    if getattr(configs_of(model)[name], "bias", "none") == "none":
+        return []
     return [named.parameter for named in adapter_in(model, name).biases(model).values()]
