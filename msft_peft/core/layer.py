@@ -495,4 +495,20 @@ def outer_cells(root: nn.Cell) -> dict[str, nn.Cell]:
 
 def wrappers(root: nn.Cell) -> list[tuple[str, Wrapper]]:
     """Every wrapper below `root` with its path, in network order."""
-    return [(path, cell) for path, cell in root.cells_and_names() if isinstance(cell, Wrapper)]
+    found: list[tuple[str, Wrapper]] = []
+    seen: set[int] = set()
+    _find_wrappers(root, "", found, seen)
+    return found
+
+
+def _find_wrappers(cell: nn.Cell, path: str, found: list[tuple[str, Wrapper]], seen: set[int]) -> None:
+    if id(cell) in seen:
+        return
+    seen.add(id(cell))
+    if isinstance(cell, Wrapper):
+        found.append((path, cell))
+    # There are none among the adapters of a layer, of which there may be hundreds.
+    inside = {"base_layer": cell.base_layer} if isinstance(cell, TunerLayer) else cell._cells
+    for key, child in inside.items():
+        if child is not None:
+            _find_wrappers(child, f"{path}.{key}" if path else key, found, seen)
