@@ -15,7 +15,7 @@ LIBRARY = ROOT / "msft_peft"
 
 # From the top down. A layer may import the layers on the lines below its own.
 STACK = (
-    {"model", "optimizers"},
+    {"model", "optimizers", "distributed"},
     {"tuners", "prompts"},
     {"io"},
     {"core"},
