@@ -16,6 +16,8 @@ from mindspore import nn
 import msft_peft
 from msft_peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from msft_peft.backend.files import fetch, replacing, write_text
+from msft_peft.core import inject
+from msft_peft.core.layer import wrappers
 from tests import nets
 from tests.cases import layers_of, output, shake, state_of, weights_of
 from tests.tolerances import assert_same
@@ -299,3 +301,14 @@ def test_the_names_survive_everything(tmp_path: Path):
     again = get_peft_model(merged, LoraConfig(**Q))
     check(again)
     assert_same(output(again), expected, "merge")
+
+
+def test_adding_looks_through_the_model_no_oftener_when_there_are_many(monkeypatch: pytest.MonkeyPatch):
+    model, walks, counts = get_peft_model(nets.Blocks(1), LoraConfig(**Q)), [], []
+    monkeypatch.setattr(inject, "wrappers", lambda root: walks.append(root) or wrappers(root))
+    for i in range(6):
+        walks.clear()
+        model.add_adapter(f"n{i}", LoraConfig(**Q))
+        counts.append(len(walks))
+    assert counts[1:] == counts[:1] * 5
+    assert counts[0] > 0
