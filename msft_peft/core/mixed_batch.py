@@ -42,6 +42,9 @@ def divided(roots: Sequence[nn.Cell], names: Sequence[str], x: Tensor | np.ndarr
     phases = [root.phase for root in roots]
     try:
         routing.choose(among or [BASE], names)
+        for _, layer in wrappers(model):
+            if isinstance(layer, TunerLayer):
+                layer.divide()
         _note_invocations(model, routing, names, x)
         for root, phase in zip(roots, phases):
             root.phase = f"{phase}.{'.'.join(routing.names)}"

@@ -131,6 +131,19 @@ class Patch(nn.Cell):
         """What becomes of the base layer's output y for input x."""
         return y + self.op(x, self.delta_weight())
 
+    @property
+    def batched_rank(self) -> int:
+        """The rank of B·A; 0 if the Patch does more to an output than to add B·A·x, in float32."""
+        return 0
+
+    def down(self) -> Tensor:
+        """(rank, in): A, the scaling included; where `batched_rank` is not 0."""
+        raise NotImplementedError
+
+    def up(self) -> Tensor:
+        """(rank, out): B, transposed; where `batched_rank` is not 0."""
+        raise NotImplementedError
+
     def served(self, rows: Tensor, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
         """y, with `after(x, base)` in its place where `rows` says so. Only additive methods are asked.
 

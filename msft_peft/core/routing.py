@@ -69,18 +69,32 @@ class Routing:
 
     def serves(self, name: str, y: Tensor) -> Tensor:
         """(B, 1, ...), bool: the rows of y that go through the adapter `name`."""
-        if y.shape[0] != self.rows:
-            raise ValueError(
-                f"adapter_names divides a batch of {self.rows} rows, but a layer got a tensor whose first axis has "
-                f"length {y.shape[0]}: adapter_names needs layers that keep the batch as their first axis."
-            )
+        self._require_rows(y)
         mine = ops.equal(self._rows(self._choice, y), self.names.index(name))
         return ops.reshape(mine, (-1,) + (1,) * (y.ndim - 1))
+
+    def place(self, places: Sequence[int], y: Tensor) -> Tensor:
+        """(B,) int32: for each row of y the one of `places` that belongs to its adapter.
+
+        Args:
+            places: for rows that no adapter serves, and then for each of `names`.
+            y: (B, ...).
+        """
+        self._require_rows(y)
+        # The index of rows that no adapter serves is -1.
+        return ops.gather(Tensor(places, ms.int32), ops.add(self._rows(self._choice, y), 1), 0)
 
     def invoked(self, y: Tensor) -> Tensor:
         """(B, T, 1), bool: the tokens of y (B, T, features) from the invocation on."""
         place = ops.reshape(ops.arange(y.shape[1]), (1, -1, 1))
         return place >= y.shape[1] - ops.reshape(self._rows(self._starts, y), (-1, 1, 1))
+
+    def _require_rows(self, y: Tensor) -> None:
+        if y.shape[0] != self.rows:
+            raise ValueError(
+                f"adapter_names divides a batch of {self.rows} rows, but a layer got a tensor whose first axis has "
+                f"length {y.shape[0]}: adapter_names needs layers that keep the batch as their first axis."
+            )
 
     def _rows(self, table: Parameter, y: Tensor) -> Tensor:
         # The tie to y keeps compiled code from reading the table before `start` has written it.

@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from msft_peft import AdapterNameError, ConfigError, LoraConfig, MergeError, PeftModel, get_peft_model
+from msft_peft import (
+    AdapterNameError,
+    ConfigError,
+    LoraConfig,
+    MergeError,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_compiled_hotswap,
+    rescale_adapter_scale,
+)
+from msft_peft.backend.arrays import write
 from msft_peft.backend.graphs import compiled_count
 from tests import nets
 from tests.cases import output, shake, state_of, weights_of
@@ -67,6 +77,48 @@ def test_other_names_need_no_new_graph():
     assert_same(model(x, adapter_names=["three", "one", "two", "one"])[1], wanted["one"][1])
     assert_same(model(x), wanted["three"])
     assert compiled_count() == before
+
+
+LOW_RANK = {
+    "one": LoraConfig(r=2, lora_alpha=3, target_modules=["q", "mlp"]),
+    "two": LoraConfig(r=3, target_modules=["q", "v"]),
+    "three": LoraConfig(r=4, use_rslora=True, target_modules=["q"]),
+    "four": LoraConfig(r=2, target_modules=["q"], use_dora=True),
+    "five": LoraConfig(r=2, target_modules=["q"], lora_bias=True),
+}
+
+
+def test_low_rank_updates_of_different_ranks_act_at_once(mode: str):
+    names = [*LOW_RANK, "__base__", "two", "one"]
+    model, x = model_of(**LOW_RANK), batch(len(names))
+    wanted = alone(model, x)
+    for turned in (names, names[::-1]):
+        assert_same(model(x, adapter_names=turned), np.stack([wanted[name][i] for i, name in enumerate(turned)]))
+    assert [len(cell.together) for path, cell in model.cells_and_names() if path.endswith(".q")] == [3]
+
+
+def test_an_adapter_that_is_broken_spoils_its_own_rows_alone(mode: str):
+    model, x = model_of(**LOW_RANK), batch()
+    wanted = alone(model, x)
+    for p in weights_of(model, "two"):
+        write(p, np.full(p.shape, np.nan, np.float32))
+    found = array(model(x, adapter_names=["one", "two", "three", "__base__"]))
+    for row, name in ((0, "one"), (2, "three"), (3, "__base__")):
+        assert_same(found[row], wanted[name][row])
+    assert differ(found[1], wanted["two"][1])
+
+
+def test_live_scalings_reach_a_divided_batch(mode: str):
+    model, x = model_of(**LOW_RANK), batch()
+    names = ["one", "two", "one", "__base__"]
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    before = array(model(x, adapter_names=names))
+    count = compiled_count()
+    with rescale_adapter_scale(model, 0.0):
+        found = array(model(x, adapter_names=names))
+    assert_same(found, np.stack([array(model(x, adapter_names=["__base__"] * 4))[i] for i in range(4)]))
+    assert differ(found, before)
+    assert compiled_count() == count
 
 
 def test_pynative_runs_the_named_adapters_alone(monkeypatch):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Initializer, Normal
@@ -93,6 +94,19 @@ class LoraPatch(Patch):
         """s·(B·A·x + b)."""
         delta = self.op.mix(ops.mul(self.op(x, self.lora_A), self.scaling), self.lora_B)
         return ops.add(delta, self.per_channel(ops.mul(self.lora_B_bias, self.scaling))) if self.has_bias else delta
+
+    @property
+    def batched_rank(self) -> int:
+        own = type(self).after is not LoraPatch.after or self.invocation is not None or self.has_bias
+        dense = self.site.kind == "dense" and self.dtype == ms.float32
+        return self.room if dense and not own else 0
+
+    def down(self) -> Tensor:
+        return ops.mul(self.lora_A, self.scaling)
+
+    def up(self) -> Tensor:
+        # Not B itself: compiling a concatenation of bare Parameters takes MindSpore time exponential in their number.
+        return ops.transpose(self.lora_B, (1, 0))
 
     def per_channel(self, values: Tensor) -> Tensor:
         """(out,) -> the shape in which it goes with the layer's outputs."""
