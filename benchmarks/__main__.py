@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks import lora_step
+from benchmarks import lora_step, many_adapters
 
-MEASUREMENTS = {"lora_step": lora_step.main}
+MEASUREMENTS = {"lora_step": lora_step.main, "many_adapters": many_adapters.main}
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
 parser.add_argument("name", nargs="?", choices=sorted(MEASUREMENTS), help="which; all by default")
