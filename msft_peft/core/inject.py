@@ -11,6 +11,7 @@ from mindspore import Parameter, nn
 
 from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
+from msft_peft.backend.recompute import mark_again
 from msft_peft.backend.tree import Named, get_child, named_parameters, owners, refresh_names, replace_cells
 from msft_peft.config import PeftConfig, TargetedConfig
 from msft_peft.core.keys import narrowed
@@ -284,8 +285,12 @@ def configs_of(model: nn.Cell) -> dict[str, PeftConfig]:
 
 
 def settle(root: nn.Cell, prefix: str = "") -> None:
-    """What must follow every edit of the tree: parameters are named after their paths, compiled graphs are dropped."""
+    """What must follow every edit of the tree.
+
+    Parameters are named after their paths, recomputed blocks learn of what is new in them, compiled graphs go.
+    """
     refresh_names(root, prefix)
+    mark_again(root)
     drop_compiled()
 
 

@@ -31,6 +31,7 @@ class Patch(nn.Cell):
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
         invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
+        casts_input: inputs are cast to the dtype of its weights.
     """
 
     residual = False
@@ -41,6 +42,7 @@ class Patch(nn.Cell):
     # What its initialisation is called, where warnings are given of a `residual` adapter.
     title = "This adapter"
     invocation: tuple[int, ...] | None = None
+    casts_input = True
 
     def __init__(self, site: Site, config: PeftConfig, autocast: bool = True, low_cpu_mem_usage: bool = False) -> None:
         super().__init__()
@@ -111,13 +113,13 @@ class Patch(nn.Cell):
         """Nothing, see `_save_to_state_dict`."""
 
     def cast(self, x: Tensor) -> Tensor:
-        """Give x the dtype of this Patch's weights."""
-        return x if x.dtype == self.dtype else ops.cast(x, self.dtype)
+        """Give a layer's input the dtype of this Patch's weights."""
+        return x if x.dtype == self.dtype or not self.casts_input else ops.cast(x, self.dtype)
 
     def base_weight(self) -> Tensor:
         """The base layer's own weight, in torch's layout and this Patch's dtype: for hooks, which may be compiled."""
         # Not `site.weight`: a property of an object that is no Cell is a constant to compiled code.
-        return self.cast(self.site.from_storage(getattr(self.site.layer, self.site.weight_name)))
+        return ops.cast(self.site.from_storage(getattr(self.site.layer, self.site.weight_name)), self.dtype)
 
     def delta_weight(self) -> Tensor:
         """What an additive method adds to the base weight, in torch's layout."""

@@ -7,12 +7,11 @@ from typing import Any
 
 from mindspore import nn
 
+from msft_peft.backend.recompute import mark_again
 from msft_peft.backend.tree import get_child, replace_cells
 from msft_peft.core.layer import outer_cells
 from msft_peft.errors import ConfigError
-
-# Where models keep their blocks.
-_PLACES = ("model.layers", "bert.encoder.layer", "encoder.layer", "transformer.h", "layers", "h")
+from msft_peft.hosts import PLACES, blocks_path
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,13 @@ def replicated(model: nn.Cell, ranges: Sequence[Sequence[int]] | None, adapters:
             f"{[list(r) for r in there] or 'its own blocks'}. All adapters of a model have the same blocks; call "
             "`.unload()` to begin anew."
         )
-    cells = outer_cells(model)
-    path = next((place for place in _PLACES if isinstance(cells.get(place), nn.CellList)), None)
+    path = blocks_path(model)
     if path is None:
         raise ConfigError(
             "Could not locate the layers attribute in the model. Expected Llama, Bert or Falcon compatible "
-            f"architectures: a CellList at one of {', '.join(_PLACES)}."
+            f"architectures: a CellList at one of {', '.join(PLACES)}."
         )
-    blocks = list(cells[path])
+    blocks = list(get_child(model, path))
     wrong = [list(r) for r in wanted if not 0 <= r[0] < r[1] <= len(blocks)]
     if wrong:
         raise ConfigError(f"layer_replication: {wrong} are no ranges [start, end) of {path}, which has {len(blocks)}.")
@@ -102,6 +100,7 @@ def restore_blocks(model: nn.Cell) -> None:
 
 def _twin(block: nn.Cell) -> nn.Cell:
     """A copy that holds the same Parameters."""
+    mark_again(block)  # what MindSpore's own `recompute` leaves in a block cannot be copied
     return copy.deepcopy(block, {id(p): p for p in block.get_parameters()})
 
 

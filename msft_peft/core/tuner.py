@@ -12,6 +12,7 @@ from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import inherit_mode, owners, replace_cells
 from msft_peft.config import PeftConfig
 from msft_peft.core import inject, switch
+from msft_peft.core.checkpointing import is_checkpointing, set_checkpointing
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
 from msft_peft.core.patch import Patch
 from msft_peft.core.routing import Routing, invocations, routing_of
@@ -133,6 +134,26 @@ class Tuner(nn.Cell):
             MergeError: it is merged into the base weights.
         """
         switch.delete_adapter(self.model, adapter_name)
+
+    # --- memory ----------------------------------------------------------------------------------------------
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, blocks: str | None = None
+    ) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them: less memory, more time.
+
+        Raises: see `core.checkpointing.set_checkpointing`.
+        """
+        set_checkpointing(self.model, True, blocks, gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self, blocks: str | None = None) -> None:
+        """Keep the blocks' activations again."""
+        set_checkpointing(self.model, False, blocks)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any Cell of the model is recomputed."""
+        return is_checkpointing(self.model)
 
     # --- merging ------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ class Site:
         in_features, out_features: channels; for an embedding, the vocabulary and the dimension.
         shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...); a
             parameter's own.
-        dtype: the weight's dtype.
         op: applies a weight of that layout as the layer applies its own, see `backend.ops`.
         layer: the Cell itself. A Site is no Cell, so nothing below it shows up twice in the tree; compiled code reads
             its parameters all the same.
@@ -37,7 +36,6 @@ class Site:
     in_features: int
     out_features: int
     shape: tuple[int, ...]
-    dtype: Any
     op: nn.Cell
     layer: nn.Cell = field(repr=False, compare=False)
     weight_name: str = "weight"
@@ -54,6 +52,11 @@ class Site:
         """The layer's own weight, as stored."""
         # Past attribute access, which may give an adapted weight, see `core.parameter`.
         return self.layer._params[self.weight_name]
+
+    @property
+    def dtype(self) -> Any:
+        """The weight's dtype."""
+        return self.weight.dtype
 
     @property
     def bias(self) -> Parameter | None:
@@ -78,7 +81,6 @@ def _dense(cell: nn.Cell, path: str) -> Site:
         weight.shape[1],
         weight.shape[0],
         tuple(weight.shape),
-        weight.dtype,
         DenseOp(),
         cell,
         activation=activation,
@@ -87,16 +89,14 @@ def _dense(cell: nn.Cell, path: str) -> Site:
 
 def _transposed_dense(cell: nn.Cell, path: str) -> Site:
     rows, columns = cell.weight.shape
-    return Site(path, LINEAR, rows, columns, (columns, rows), cell.weight.dtype, DenseOp(), cell, transposed=True)
+    return Site(path, LINEAR, rows, columns, (columns, rows), DenseOp(), cell, transposed=True)
 
 
 def _embedding(cell: nn.Cell, path: str) -> Site:
     name = "embedding_table" if isinstance(cell, nn.Embedding) else "weight"
     table = getattr(cell, name)
     vocabulary, dim = table.shape
-    return Site(
-        path, "embedding", vocabulary, dim, (vocabulary, dim), table.dtype, EmbeddingOp(), cell, weight_name=name
-    )
+    return Site(path, "embedding", vocabulary, dim, (vocabulary, dim), EmbeddingOp(), cell, weight_name=name)
 
 
 def _per_side(padding: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -119,7 +119,6 @@ def _conv(cell: nn.Cell, path: str) -> Site:
         cell.in_channels,
         cell.out_channels,
         shape,
-        cell.weight.dtype,
         op,
         cell,
         groups=cell.group,
@@ -151,7 +150,7 @@ def parameter_site(model: nn.Cell, owner: str, name: str) -> Site:
         layer = layer._cells["base_layer"]
     p = layer._params[name]
     rows, columns = (1, 1, *p.shape)[-2:]
-    return Site(owner, "parameter", columns, rows, tuple(p.shape), p.dtype, DenseOp(), layer, weight_name=name)
+    return Site(owner, "parameter", columns, rows, tuple(p.shape), DenseOp(), layer, weight_name=name)
 
 
 def model_config(model: nn.Cell) -> dict[str, Any]:

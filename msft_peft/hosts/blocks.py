@@ -1,0 +1,24 @@
+"""Where a model keeps its blocks: the layers, all of one kind, that it runs one after the other."""
+
+from mindspore import nn
+
+from msft_peft.backend.tree import get_child
+
+PLACES = ("model.layers", "bert.encoder.layer", "encoder.layer", "transformer.h", "layers", "h")
+
+
+def blocks_path(model: nn.Cell) -> str | None:
+    """The path of the CellList of `model`'s blocks; None if it is at none of the known places."""
+    return next((place for place in PLACES if isinstance(_at(model, place), nn.CellList)), None)
+
+
+def cell_lists(model: nn.Cell) -> list[str]:
+    """The paths of all CellLists in `model`."""
+    return [path for path, cell in model.cells_and_names() if isinstance(cell, nn.CellList)]
+
+
+def _at(model: nn.Cell, path: str) -> nn.Cell | None:
+    try:
+        return get_child(model, path)
+    except KeyError:
+        return None
