@@ -56,7 +56,7 @@ class _Seeds:
         seed = _seeds._GLOBAL_SEED
         # Without a seed kernels draw one that nobody can ask for: then this call has one of its own.
         self.own = seed is None
-        self.start = (np.random.default_rng().integers(1, 2**31 - 1).item() if self.own else seed, _counts())
+        self.start = (int(np.random.default_rng().integers(1, 2**31 - 1)) if self.own else seed, _counts())
         self.ran = False
 
     @contextlib.contextmanager

@@ -79,7 +79,7 @@ def test_gradients_are_the_same_in_pynative(variant, order):
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize("variant, order", [("lora", "before"), ("dora", "after")])
+@pytest.mark.parametrize(("variant", "order"), [("lora", "before"), ("dora", "after")])
 def test_gradients_are_the_same_compiled(variant, order):
     gradients_are_the_same(variant, order, "graph")
 
