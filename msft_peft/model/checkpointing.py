@@ -19,7 +19,7 @@ def prepare_model_for_gradient_checkpointing(
     """Compute the activations of the model's blocks again in the backward pass instead of keeping them.
 
     `PeftModel.gradient_checkpointing_enable` and `_disable` do the same; this is for a model with no adapters yet.
-    Adapters that are put in later are recomputed with the rest. Gradients are the same, also with dropout (compiled, if
+    Adapters that are put in later are recomputed too. Gradients are the same, also with dropout (compiled, if
     `mindspore.set_seed` was called before the model was built). In PyNative the peak of memory falls to that of one
     block and the blocks' inputs. Compiled code only has marks for the compiler, which may save memory by them or not:
     measure there.
