@@ -42,7 +42,7 @@ class PeftConfig:
         inference_mode: the adapter is loaded frozen.
 
     Raises:
-        ConfigError: `task_type` is none of `TaskType`.
+        ConfigError: `task_type` is none of `TaskType`, or a value of a yes-or-no field is neither.
     """
 
     task_type: str | TaskType | None = None
@@ -60,6 +60,11 @@ class PeftConfig:
                 f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {', '.join(names)}."
             )
         self.peft_version = self.peft_version or HF_PEFT_VERSION
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (bool, "bool") and not isinstance(value, bool):
+                # "no" would count as true.
+                raise ConfigError(f"`{field.name}` must be True or False, got {value!r}")
 
     @property
     def is_prompt_learning(self) -> bool:

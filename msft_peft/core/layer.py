@@ -1,6 +1,7 @@
 """The two wrappers that stand in a model's tree in place of a layer, and all the bookkeeping for what they hold."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from msft_peft.backend.tree import inherit_mode
 from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.routing import Routing
 from msft_peft.core.scale import Scale
-from msft_peft.errors import MergeError
+from msft_peft.errors import ConfigError, MergeError
 from msft_peft.hosts import Site, describe
 
 
@@ -384,8 +385,12 @@ class TunerLayer(Wrapper):
 
         Raises:
             MergeError: an adapter is merged here; a scaling cannot reach what is in the base weight.
+            ConfigError: a scaling that is no finite number.
         """
         self.check_unmerged()
+        bad = {name: number for name, number in numbers.items() if not math.isfinite(number)}
+        if bad:
+            raise ConfigError(f"a scaling at {self.site.path} must be a finite number, got {bad}")
         stale = [self.scales()[name].set(number) for name, number in numbers.items()]
         if any(stale):
             drop_compiled()

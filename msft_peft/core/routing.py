@@ -90,6 +90,11 @@ class Routing:
         return place >= y.shape[1] - ops.reshape(self._rows(self._starts, y), (-1, 1, 1))
 
     def _require_rows(self, y: Tensor) -> None:
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                "adapter_names divides the rows of tensors, but a layer that adapters train (modules_to_save) returns "
+                "something else, such as a tuple: train its parts instead, or run each adapter by itself."
+            )
         if y.shape[0] != self.rows:
             raise ValueError(
                 f"adapter_names divides a batch of {self.rows} rows, but a layer got a tensor whose first axis has "

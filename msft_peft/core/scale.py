@@ -32,12 +32,12 @@ class Scale:
 
     @property
     def number(self) -> float:
-        return float(self.value.asnumpy()) if self.live else self.value
+        return self.value.asnumpy().item() if self.live else self.value
 
     def set(self, number: float) -> bool:
         """Write the factor, in place if it is live; whether compiled code that holds the old one must be dropped."""
         if self.live:
-            write(self.value, Tensor(number, self.value.dtype))
+            write(self.value, Tensor([number], self.value.dtype))
             return False
         changed = number != self.value
         self.value = number
@@ -54,4 +54,4 @@ class Scale:
         """Let compiled code see every later change; `dtype` is that of the weights that it multiplies."""
         if not self.live:
             # Compiled code tells Parameters apart by their names.
-            self.value = Parameter(Tensor(self.value, dtype), name=f"scale_{next(_numbers)}", requires_grad=False)
+            self.value = Parameter(Tensor([self.value], dtype), name=f"scale_{next(_numbers)}", requires_grad=False)

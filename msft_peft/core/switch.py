@@ -52,9 +52,17 @@ def set_adapter(model: nn.Cell, adapter_name: str | list[str], inference_mode: b
     drop_compiled()
 
 
+def require_some(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
+    """As `require`; AdapterNameError also if there are no names at all."""
+    found = require(model, names)
+    if not found:
+        raise AdapterNameError(f"no adapter is named. There are {sorted(inject.configs_of(model))}.")
+    return found
+
+
 def set_requires_grad(model: nn.Cell, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
     """Freeze or unfreeze adapters, active or not; see `Tuner.set_requires_grad`."""
-    names = require(model, adapter_names)
+    names = require_some(model, adapter_names)
     for _, wrapper in wrappers(model):
         wrapper.set_requires_grad(names, requires_grad)
     for name in names:

@@ -98,7 +98,11 @@ class Tuner(nn.Cell):
         switch.set_adapter(self.model, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Freeze or unfreeze adapters, active or not. Build the optimizer and the gradient function afterwards."""
+        """Freeze or unfreeze adapters, active or not. Build the optimizer and the gradient function afterwards.
+
+        Raises:
+            AdapterNameError: a name is not there, or the list is empty.
+        """
         switch.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
@@ -165,11 +169,11 @@ class Tuner(nn.Cell):
             safe_merge: compute first, and refuse with nothing written if a NaN or an infinity would be.
 
         Raises:
-            AdapterNameError: a name is not there.
+            AdapterNameError: a name is not there, or the list is empty.
             MergeError: the method or a layer cannot merge, a weight is tied to another layer's, the adapters are
                 disabled, or `safe_merge` met a non-finite number.
         """
-        names = self.active_adapters if adapter_names is None else switch.require(self.model, adapter_names)
+        names = self.active_adapters if adapter_names is None else switch.require_some(self.model, adapter_names)
         plan = [(layer, self._to_merge(layer, names)) for layer in switch.layers_of(self.model)]
         already = sorted({name for layer, _ in plan for name in layer.merged_adapters})
         if already and not any(new for _, new in plan):
@@ -206,7 +210,7 @@ class Tuner(nn.Cell):
 
         Raises: as `merge_adapter`.
         """
-        names = self.active_adapters if adapter_names is None else switch.require(self.model, adapter_names)
+        names = self.active_adapters if adapter_names is None else switch.require_some(self.model, adapter_names)
         plan = [(layer, self._to_merge(layer, names)) for layer in switch.layers_of(self.model)]
         self._check_merge(plan, safe_merge)
         for layer, new in tqdm(plan, desc="Merging", disable=not progressbar):

@@ -138,6 +138,9 @@ def test_wrong_names_switch_nothing(case: Case):
     for call in calls:
         with pytest.raises(AdapterNameError, match=r"Adapter nope (not found|does not exist)"):
             call()
+    for call in (model.base_model.merge_adapter, model.base_model.merge_and_unload, model.set_requires_grad):
+        with pytest.raises(AdapterNameError, match=r"no adapter is named. There are \['one', 'two'\]"):
+            call(adapter_names=[])
     with pytest.raises(AdapterNameError, match="Adapter with name 'two' already exists"):
         model.add_adapter("two", case.config())
     with pytest.raises(TypeError, match=r"base_model.set_adapter\(\[...\]\)"):

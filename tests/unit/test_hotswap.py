@@ -16,6 +16,7 @@ from msft_peft import (
     PeftModel,
     check_hotswap_configs_compatible,
     check_if_peft_model,
+    get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
     hotswap_adapter,
@@ -23,6 +24,7 @@ from msft_peft import (
     inject_adapter_in_model,
     prepare_model_for_compiled_hotswap,
     rescale_adapter_scale,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
 from msft_peft.backend import graphs
@@ -95,6 +97,41 @@ def test_63_swapping_under_compiled_code_compiles_nothing(net: str, caller: Call
         assert_same(output(model), wanted)
         assert (graphs.compiled_count(), compiled_objects()) == (count, objects)
     assert all(differ(wanted, expected) for wanted in outputs[:3])
+
+
+class SeveralResults(nn.Cell):
+    """Sums along the way, as language models return them beside their scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1 = nn.Dense(10, 10), nn.Dense(10, 3)
+
+    def construct(self, x: Tensor) -> dict[str, Tensor]:
+        sums = ()
+        for layer in (self.lin0, self.lin1):
+            x = ops.tanh(layer(x))
+            sums += (x.sum(-1),)
+        return {"y": x, "sums": sums}
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("caller", [users_jit, graph_mode])
+def test_63_a_model_that_returns_several_things_is_swapped_too(caller: Callable, dora: bool):
+    config = LoraConfig(r=4, target_modules=["lin0", "lin1"], init_lora_weights=False, use_dora=dora)
+    model, other = (get_peft_model(SeveralResults(), config).set_train(False) for _ in range(2))
+    shake(other.trainable_params(), 3)
+    set_base_model_state_dict(other, get_base_model_state_dict(model))
+    x = nets.floats(2, 10)
+    expected, wanted = model(x)["y"], other(x)["y"]
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    call = caller(model)
+    assert_same(call(x)["y"], expected)
+    count = graphs.compiled_count()
+    swap(model, other)
+    assert_same(call(x)["y"], wanted)
+    assert graphs.compiled_count() == count
+    assert differ(wanted, expected)
 
 
 @pytest.mark.graph
@@ -411,6 +448,8 @@ def test_the_scale_of_a_layer(mode: str):
     assert_same(model(x), full)
     with pytest.raises(ZeroDivisionError):
         layer.unscale_layer(0)
+    with pytest.raises(ValueError, match=r"a scaling at lin0 must be a finite number, got \{'default': nan\}"):
+        layer.set_scale("default", float("nan"))
     layer.merge(["default"])
     for call in (lambda: layer.set_scale("default", 2), lambda: layer.scale_layer(2), layer.unscale_layer):
         with pytest.raises(ValueError, match="Adapters are merged at lin0"):

@@ -105,6 +105,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 NOT_BUILT = ("megatron_config velora_config use_qalora monteclora_config use_bdlora arrow_config kasa_config").split()
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dora a word": ({"use_dora": "yes"}, ValueError, "`use_dora` must be True or False, got 'yes'"),
+    "inference a number": ({"inference_mode": 1}, ValueError, "`inference_mode` must be True or False, got 1"),
     "r zero": ({"r": 0}, ValueError, "`r` should be a positive integer value but the value passed is 0"),
     "r negative": ({"r": -1}, ValueError, "`r` should be a positive integer"),
     "r a float": ({"r": 8.0}, ValueError, "`r` should be a positive integer"),

@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from msft_peft import (
     AdapterNameError,
@@ -197,6 +197,28 @@ def test_layers_that_lose_the_batch_say_so():
     model = get_peft_model(Flat(), LoraConfig(target_modules=["lin0"])).set_train(False)
     with pytest.raises(ValueError, match="keep the batch as their first axis"):
         model(nets.floats(2, 3, 6), adapter_names=["default"] * 2)
+
+
+def test_a_layer_trained_whole_that_returns_a_tuple_says_so(mode: str):
+    class Pair(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Dense(4, 3)
+
+        def construct(self, x):
+            return self.lin(x), x
+
+    class Net(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pair = nn.Dense(4, 4), Pair()
+
+        def construct(self, x):
+            return self.pair(self.first(x))[0]
+
+    model = get_peft_model(Net(), LoraConfig(target_modules=["first"], modules_to_save=["pair"])).set_train(False)
+    with pytest.raises(TypeError, match="returns something else, such as a tuple"):
+        model(nets.floats(2, 4), adapter_names=["default", "__base__"])
 
 
 def test_the_numbers_of_the_rows_are_no_parameters():

@@ -89,6 +89,12 @@ REFUSED = {
     "tokens: out of range": (llama, {"trainable_token_indices": [3, 20]}, ConfigError, r"\[20\] are none of its 20"),
     "tokens: negative": (llama, {"trainable_token_indices": [-1]}, ConfigError, r"\[-1\] are none"),
     "tokens: twice": (llama, {"trainable_token_indices": [1, 1]}, ConfigError, "no row, or one twice"),
+    "tokens: two names for a layer": (
+        llama,
+        {"trainable_token_indices": {"embed_tokens": [1], "model.embed_tokens": [2]}},
+        ConfigError,
+        "several names match model.embed_tokens",
+    ),
     "tokens: none": (llama, {"trainable_token_indices": []}, ConfigError, "no row, or one twice"),
     "tokens: a target too": (
         llama,

@@ -57,7 +57,7 @@ class DoraPatch(LoraPatch):
         cross = ops.reduce_sum(ops.mul(ops.matmul(w, transposed), b), 1)
         own = ops.reduce_sum(ops.mul(ops.matmul(b, ops.matmul(a, transposed)), b), 1)
         # Rounding may bring the square of a row that is nearly zero below it.
-        total = ops.relu(ops.add(squares, ops.add(ops.mul(cross, 2 * self.scaling), ops.mul(own, self.scaling**2))))
+        total = ops.relu(ops.add(squares, ops.add(self.scaled(2 * cross), self.scaled(self.scaled(own)))))
         return ops.sqrt(ops.stop_gradient(total))
 
     def stretch(self) -> Tensor:

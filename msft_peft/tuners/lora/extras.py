@@ -83,6 +83,11 @@ def token_patches(
                 "embedding has another name, pass {'its name': [indices]}."
             )
         for path in hits:
+            if path in found:
+                raise ConfigError(
+                    f"trainable_token_indices: several names match {path}, the last of them {name!r}. Give each layer "
+                    "its tokens under one name."
+                )
             found[path] = TokensPatch(_rows_of(cells[path], path), config, autocast, indices, TOKEN_KEY)
     if tied is not None:
         source, head = tied.table.path, tied.head.path

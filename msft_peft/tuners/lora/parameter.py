@@ -48,4 +48,4 @@ class LoraParameterPatch(LoraPatch):
         rank = self.lora_A.shape[0] // self.experts
         a = ops.reshape(self.lora_A, (self.experts, rank, -1))
         b = ops.transpose(ops.reshape(self.lora_B, (-1, rank, self.experts)), (2, 0, 1))
-        return ops.reshape(ops.mul(ops.bmm(b, a), self.scaling), self.site.shape)
+        return ops.reshape(self.scaled(ops.bmm(b, a)), self.site.shape)

@@ -80,8 +80,15 @@ class LoraPatch(Patch):
 
     @property
     def scaling(self) -> Any:
-        """The factor in effect: a number, or a Parameter once it is live."""
+        """The factor in effect: a number, or a Parameter (1,) once it is live."""
         return self.scale.value
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """s·x."""
+        value = self.scale.value
+        # The tie to x: compiled code that returns several things cannot hand a bare Parameter from one of its parts
+        # to another, and fails.
+        return ops.mul(x, ops.depend(value, x)[:1] if self.scale.live else value)
 
     def init_of_a(self, config: LoraConfig) -> Initializer:
         return Normal(1 / self.r) if config.init == "gaussian" else he_uniform()
@@ -92,8 +99,8 @@ class LoraPatch(Patch):
 
     def update(self, x: Tensor) -> Tensor:
         """s·(B·A·x + b)."""
-        delta = self.op.mix(ops.mul(self.op(x, self.lora_A), self.scaling), self.lora_B)
-        return ops.add(delta, self.per_channel(ops.mul(self.lora_B_bias, self.scaling))) if self.has_bias else delta
+        delta = self.op.mix(self.scaled(self.op(x, self.lora_A)), self.lora_B)
+        return ops.add(delta, self.per_channel(self.scaled(self.lora_B_bias))) if self.has_bias else delta
 
     @property
     def batched_rank(self) -> int:
@@ -102,7 +109,7 @@ class LoraPatch(Patch):
         return self.room if dense and not own else 0
 
     def down(self) -> Tensor:
-        return ops.mul(self.lora_A, self.scaling)
+        return self.scaled(self.lora_A)
 
     def up(self) -> Tensor:
         # Not B itself: compiling a concatenation of bare Parameters takes MindSpore time exponential in their number.
@@ -114,7 +121,7 @@ class LoraPatch(Patch):
 
     def merged(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w = ops.add(w, self.delta_weight())
-        return w, b + ops.mul(self.lora_B_bias, self.scaling) if self.has_bias else b
+        return w, b + self.scaled(self.lora_B_bias) if self.has_bias else b
 
     @property
     def additive(self) -> bool:
@@ -131,7 +138,7 @@ class LoraPatch(Patch):
     def delta_weight(self) -> Tensor:
         b = ops.reshape(self.lora_B, (self.site.out_features, -1))
         a = ops.reshape(self.lora_A, (self.lora_A.shape[0], -1))
-        return ops.reshape(ops.mul(ops.matmul(b, a), self.scaling), self.site.shape)
+        return ops.reshape(self.scaled(ops.matmul(b, a)), self.site.shape)
 
     # --- room for higher ranks ----------------------------------------------------------------------------------
 
@@ -217,11 +224,11 @@ class LoraEmbeddingPatch(LoraPatch):
 
     def update(self, x: Tensor) -> Tensor:
         h = self.op(x, ops.transpose(self.lora_embedding_A, (1, 0)))
-        return self.op.mix(ops.mul(h, self.scaling), self.lora_embedding_B)
+        return self.op.mix(self.scaled(h), self.lora_embedding_B)
 
     def delta_weight(self) -> Tensor:
         delta = ops.matmul(self.lora_embedding_B, self.lora_embedding_A)
-        return ops.mul(ops.transpose(delta, (1, 0)), self.scaling)
+        return self.scaled(ops.transpose(delta, (1, 0)))
 
 
 def he_uniform() -> Initializer:

@@ -65,7 +65,7 @@ class LoraTiedPatch(LoraPatch):
     def update(self, x: Tensor) -> Tensor:
         source = self.source.patch
         h = self.op(x, ops.transpose(source.lora_embedding_B, (1, 0)))
-        return self.op.mix(ops.mul(h, self.scaling), ops.transpose(source.lora_embedding_A, (1, 0)))
+        return self.op.mix(self.scaled(h), ops.transpose(source.lora_embedding_A, (1, 0)))
 
     def delta_weight(self) -> Tensor:
         return self.source.patch.delta_weight()
