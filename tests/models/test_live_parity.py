@@ -1,5 +1,6 @@
 """The reference models against transformers on torch: logits, losses, gradients, tokens, files in both directions."""
 
+import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -140,6 +141,41 @@ def test_bert(task, mode, tmp_path):
     tiny.close(logits, hf_logits)
     tiny.close(loss, np.float32(hf_loss), 1e-5)
     compare_gradients(gradients, hf_gradients)
+
+
+@pytest.mark.parametrize("key", ["last_hidden_state", "pooler_output"])
+def test_bert_behind_a_prefix(key, mode, tmp_path):
+    """Its heads in transformers take no prefix: HF peft goes by the body, as this does."""
+    reference = hf_model("AutoModel", "bert", tiny.BERT, tmp_path)
+    check_prefix(reference, models.AutoModel.from_pretrained(tmp_path), key, tiny.left_mask()[:, ::-1])
+
+
+def check_prefix(reference, model, key: str, mask: np.ndarray) -> None:
+    """Keys and values of 5 slots before a text given as embeddings: outputs, and the gradients of both."""
+    random = np.random.RandomState(4)
+    prefix = random.normal(size=(2, 2, 3, tiny.HEADS, 5, tiny.WIDTH // tiny.HEADS)).astype(np.float32)
+    embeds = reference.get_input_embeddings()(torch.tensor(tiny.tokens()).long()).detach().numpy()
+    mask = np.concatenate([np.ones((3, 5), np.int32), mask], 1)
+
+    theirs = [torch.tensor(prefix, requires_grad=True), torch.tensor(embeds, requires_grad=True)]
+    cache = transformers.DynamicCache.from_legacy_cache(tuple((layer[0], layer[1]) for layer in theirs[0]))
+    expected = reference(inputs_embeds=theirs[1], attention_mask=torch.tensor(mask), past_key_values=cache)[key]
+    slopes = random.normal(size=expected.shape).astype(np.float32)
+    (expected * torch.tensor(slopes)).sum().backward()
+
+    def forward(prefix, embeds):
+        past = tuple((layer[0], layer[1]) for layer in prefix)
+        output = model(inputs_embeds=embeds, attention_mask=Tensor(mask), past_key_values=past)[key]
+        return (output * Tensor(slopes)).sum(), output
+
+    def call(prefix, embeds):
+        return ms.value_and_grad(forward, (0, 1), None, has_aux=True)(prefix, embeds)
+
+    run = ms.jit(call) if ms.get_context("mode") == ms.GRAPH_MODE else call
+    (_, output), gradients = run(Tensor(prefix), Tensor(embeds))
+    tiny.close(output.asnumpy(), expected.detach().numpy())
+    for name, gradient, wanted in zip(("prefix", "embeddings"), gradients, theirs):
+        compare_gradients({name: gradient.asnumpy()}, {name: wanted.grad.numpy()})
 
 
 def test_bert_writes_what_transformers_reads(tmp_path):
