@@ -4,7 +4,18 @@ from mindspore import nn
 
 from msft_peft.backend.tree import get_child
 
-PLACES = ("model.layers", "bert.encoder.layer", "encoder.layer", "transformer.h", "layers", "h")
+PLACES = (
+    "model.layers",
+    "model.decoder.layers",
+    "transformer.h",
+    "transformer.layers",
+    "bert.encoder.layer",
+    "roberta.encoder.layer",
+    "encoder.layer",
+    "decoder.layers",
+    "layers",
+    "h",
+)
 
 
 def blocks_path(model: nn.Cell) -> str | None:

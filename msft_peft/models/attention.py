@@ -13,8 +13,10 @@ _mix_transposed = ops.BatchMatMul(transpose_a=True)
 _matmul = ops.MatMul()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """softmax(q·kᵀ/√D + mask)·v, with each key/value head shared by N/K query heads.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax(scale·q·kᵀ + mask)·v, with each key/value head shared by N/K query heads.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
 
@@ -22,15 +24,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
         q: (B, N, T, D).
         k: (B, K, S, D), where K divides N; k and v are not copied for the groups.
         v: (B, K, S, D).
-        mask: additive (1 or B, 1, 1 or T, S), or None.
+        mask: additive (1 or B, 1 or N, 1 or T, S), or None.
         dropout: probability of dropping an attention weight.
+        scale: default 1/√D.
 
     Returns:
         (B, T, N·D), ready for the output projection.
     """
     b, n, t, d = q.shape
     groups, s = k.shape[1], k.shape[2]
-    q = (q * (d**-0.5)).reshape((b, groups, n // groups * t, d))  # heads of a group stand one after another
+    q = (q * (d**-0.5 if scale is None else scale)).reshape(
+        (b, groups, n // groups * t, d)
+    )  # heads of a group stand one after another
     scores = _dot(q, k).astype(ms.float32)
     if mask is not None:
         scores = (scores.reshape((b, n, t, s)) + mask).reshape((b, groups, n // groups * t, s))
@@ -65,6 +70,32 @@ class SoftmaxMix(nn.Cell):
 _softmax_mix = SoftmaxMix()
 
 
+def split_heads(fused: Tensor, heads: int, by_head: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Take queries, keys and values, (B, N, T, D) each, out of one projection (B, T, 3·N·D).
+
+    Args:
+        fused: all queries, all keys, all values; or, `by_head`, one head's after the other.
+        heads: N.
+        by_head: see `fused`.
+    """
+    b, t, width = fused.shape
+    d = width // (3 * heads)
+    if by_head:
+        fused = fused.reshape((b, t, heads, 3, d)).transpose((3, 0, 2, 1, 4))
+    else:
+        fused = fused.reshape((b, t, 3, heads, d)).transpose((2, 0, 3, 1, 4))
+    q, k, v = ops.split(fused.reshape((3 * b, heads, t, d)), b, 0)
+    return q, k, v
+
+
+def remember(past: Tensor, new: Tensor, slot: Tensor | None) -> Tensor:
+    """Append `new` (B, K, T, D) to `past` (B, K, S, D); or, given a slot (1,), write the one new token there."""
+    if slot is None:
+        return ops.cat((past.astype(new.dtype), new), 2)
+    here = ops.equal(Tensor(np.arange(past.shape[2], dtype=np.int32)), slot.astype(ms.int32)).reshape((1, 1, -1, 1))
+    return ops.where(here, new.astype(past.dtype), past)
+
+
 def causal_mask(
     queries: Tensor, length: int, attention_mask: Tensor | None = None, window: int | None = None
 ) -> Tensor:
@@ -94,3 +125,9 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     """Build the additive mask (B, 1, 1, S) of an encoder from `attention_mask` (B, S), nonzero at real tokens."""
     real = ops.not_equal(attention_mask, 0).astype(ms.float32)
     return ((1.0 - real) * _BLOCKED).reshape((real.shape[0], 1, 1, real.shape[1]))
+
+
+def counted(real: Tensor) -> Tensor:
+    """Number the nonzero places of each row of `real` (B, S) from 0 on, (B, S) int32; the others get -1."""
+    real = ops.not_equal(real, 0).astype(ms.int32)
+    return ops.cumsum(real, 1) * real - 1

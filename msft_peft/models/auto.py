@@ -5,29 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-from msft_peft.models.bert import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from msft_peft.models import bert, bloom, gpt2, llama, opt, roberta
 from msft_peft.models.checkpoint import CONFIG_FILE, resolve_folder
 from msft_peft.models.config import CONFIG_CLASSES, ModelConfig
-from msft_peft.models.llama import (
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralForSequenceClassification,
-    MistralModel,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    Qwen3Model,
-)
 from msft_peft.models.pretrained import PreTrainedModel
 
 
@@ -84,40 +64,81 @@ class _AutoModel:
 class AutoModel(_AutoModel):
     """The model without a head."""
 
-    classes = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model, BertModel)
+    classes = (
+        llama.LlamaModel,
+        llama.MistralModel,
+        llama.Qwen2Model,
+        llama.Qwen3Model,
+        gpt2.GPT2Model,
+        opt.OPTModel,
+        bloom.BloomModel,
+        bert.BertModel,
+        roberta.RobertaModel,
+    )
 
 
 class AutoModelForCausalLM(_AutoModel):
     """The model that scores the next token."""
 
-    classes = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+    classes = (
+        llama.LlamaForCausalLM,
+        llama.MistralForCausalLM,
+        llama.Qwen2ForCausalLM,
+        llama.Qwen3ForCausalLM,
+        gpt2.GPT2LMHeadModel,
+        opt.OPTForCausalLM,
+        bloom.BloomForCausalLM,
+    )
 
 
 class AutoModelForSequenceClassification(_AutoModel):
     """The model that scores whole sequences."""
 
     classes = (
-        LlamaForSequenceClassification,
-        MistralForSequenceClassification,
-        Qwen2ForSequenceClassification,
-        Qwen3ForSequenceClassification,
-        BertForSequenceClassification,
+        llama.LlamaForSequenceClassification,
+        llama.MistralForSequenceClassification,
+        llama.Qwen2ForSequenceClassification,
+        llama.Qwen3ForSequenceClassification,
+        gpt2.GPT2ForSequenceClassification,
+        opt.OPTForSequenceClassification,
+        bloom.BloomForSequenceClassification,
+        bert.BertForSequenceClassification,
+        roberta.RobertaForSequenceClassification,
     )
 
 
 class AutoModelForTokenClassification(_AutoModel):
     """The model that scores every token."""
 
-    classes = (BertForTokenClassification,)
+    classes = (
+        llama.LlamaForTokenClassification,
+        llama.MistralForTokenClassification,
+        llama.Qwen2ForTokenClassification,
+        llama.Qwen3ForTokenClassification,
+        gpt2.GPT2ForTokenClassification,
+        bloom.BloomForTokenClassification,
+        bert.BertForTokenClassification,
+        roberta.RobertaForTokenClassification,
+    )
 
 
 class AutoModelForQuestionAnswering(_AutoModel):
     """The model that scores where an answer starts and ends."""
 
-    classes = (BertForQuestionAnswering,)
+    classes = (
+        llama.LlamaForQuestionAnswering,
+        llama.MistralForQuestionAnswering,
+        llama.Qwen2ForQuestionAnswering,
+        llama.Qwen3ForQuestionAnswering,
+        gpt2.GPT2ForQuestionAnswering,
+        opt.OPTForQuestionAnswering,
+        bloom.BloomForQuestionAnswering,
+        bert.BertForQuestionAnswering,
+        roberta.RobertaForQuestionAnswering,
+    )
 
 
 class AutoModelForMaskedLM(_AutoModel):
     """The model that scores the token behind a mask."""
 
-    classes = (BertForMaskedLM,)
+    classes = (bert.BertForMaskedLM, roberta.RobertaForMaskedLM)

@@ -5,28 +5,28 @@ A block is  h = LN(x + Attention(x)),  y = LN(h + W₂·act(W₁·h)).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from msft_peft.models.attention import attend, padding_mask
+from msft_peft.models.attention import attend, padding_mask, remember
 from msft_peft.models.config import BertConfig
 from msft_peft.models.layers import Embedding, LayerNorm, activation, linear, tanh
-from msft_peft.models.losses import classification_loss, cross_entropy
+from msft_peft.models.losses import answer_loss, classification_loss, cross_entropy
 from msft_peft.models.pretrained import PreTrainedModel
 
 
 class BertEmbeddings(nn.Cell):
-    """LN(word + position + type), then dropout."""
+    """LN(word + position + type), then dropout; the row of `padding_position`, if any, stays zero."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig, padding_position: int | None = None):
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
         self.word_embeddings = Embedding(config.vocab_size, width, std, config.pad_token_id)
-        self.position_embeddings = Embedding(config.max_position_embeddings, width, std)
+        self.position_embeddings = Embedding(config.max_position_embeddings, width, std, padding_position)
         self.token_type_embeddings = Embedding(config.type_vocab_size, width, std)
         self.LayerNorm = LayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
@@ -60,7 +60,7 @@ class BertSelfAttention(nn.Cell):
         k = self.key(x).reshape(heads).swapaxes(1, 2)
         v = self.value(x).reshape(heads).swapaxes(1, 2)
         if past is not None:
-            k, v = ops.cat((past[0].astype(k.dtype), k), 2), ops.cat((past[1].astype(v.dtype), v), 2)
+            k, v = remember(past[0], k, None), remember(past[1], v, None)
         return attend(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
@@ -148,9 +148,9 @@ class BertPooler(nn.Cell):
 
 
 class BertPreTrainedModel(PreTrainedModel):
-    """The base of all BERT models."""
+    """The base of all BERT models; those with a head keep a `body_class` under `base_model_prefix`."""
 
-    config_class = BertConfig
+    config_class: ClassVar[type[BertConfig]] = BertConfig
     base_model_prefix = "bert"
     heads = ("cls", "classifier", "qa_outputs", "pooler")
     fresh_heads = heads
@@ -171,10 +171,11 @@ class BertModel(BertPreTrainedModel):
         super().__init__(config)
         if config.position_embedding_type != "absolute" or config.is_decoder:
             raise ValueError(
-                f"BertModel is an encoder with absolute positions, but the config has position_embedding_type="
-                f"'{config.position_embedding_type}' and is_decoder={config.is_decoder}. Other kinds are not built."
+                f"{type(self).__name__} is an encoder with absolute positions, but the config has "
+                f"position_embedding_type='{config.position_embedding_type}' and is_decoder={config.is_decoder}. "
+                f"Other kinds are not built."
             )
-        self.embeddings = BertEmbeddings(config)
+        self.embeddings = self.embedder(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.update_parameters_name()
@@ -207,7 +208,7 @@ class BertModel(BertPreTrainedModel):
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; or `attention_mask` has not P + T columns.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("BertModel needs either input_ids or inputs_embeds: got both, or neither.")
+            raise ValueError("An encoder needs either input_ids or inputs_embeds: got both, or neither.")
         t = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         prefix = 0 if past_key_values is None else past_key_values[0][0].shape[2]
         length = prefix + t
@@ -217,7 +218,7 @@ class BertModel(BertPreTrainedModel):
                 f"{length}. Put ones in front of it for a prefix."
             )
         if position_ids is None:
-            position_ids = Tensor(np.arange(prefix, length, dtype=np.int32)).reshape((1, t))
+            position_ids = self.positions(input_ids, prefix, length)
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = None if attention_mask is None else padding_mask(attention_mask)
         states = self.encoder(x, mask, past_key_values)
@@ -228,6 +229,14 @@ class BertModel(BertPreTrainedModel):
         if output_hidden_states:
             outputs["hidden_states"] = states
         return outputs
+
+    def embedder(self, config: BertConfig) -> BertEmbeddings:
+        """Make the embeddings."""
+        return BertEmbeddings(config)
+
+    def positions(self, input_ids: Tensor | None, prefix: int, length: int) -> Tensor:
+        """The positions (1 or B, T) of the tokens behind a prefix, where the caller gives none."""
+        return Tensor(np.arange(prefix, length, dtype=np.int32)).reshape((1, -1))
 
     def get_input_embeddings(self) -> nn.Cell:
         """Return the word embeddings."""
@@ -248,7 +257,8 @@ def _outputs(body, named, loss):
     return outputs
 
 
-def _head_dropout(config: BertConfig) -> nn.Dropout:
+def head_dropout(config: BertConfig) -> nn.Dropout:
+    """The dropout before a classifier."""
     given = config.classifier_dropout
     return nn.Dropout(p=config.hidden_dropout_prob if given is None else given)
 
@@ -256,13 +266,23 @@ def _head_dropout(config: BertConfig) -> nn.Dropout:
 class BertForSequenceClassification(BertPreTrainedModel):
     """Scores of the whole sequence, from the pooled first token."""
 
+    body_class: ClassVar[type[BertModel]] = BertModel
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.bert = BertModel(config)
-        self.dropout = _head_dropout(config)
-        self.classifier = linear(config.hidden_size, config.num_labels, True, config.initializer_range)
+        self.build(config)
         self.update_parameters_name()
+
+    def build(self, config: BertConfig) -> None:
+        """Make the body and the head."""
+        self.add_body(self.body_class(config))
+        self.dropout = head_dropout(config)
+        self.classifier = linear(config.hidden_size, config.num_labels, True, config.initializer_range)
+
+    def score(self, body):
+        """The scores (B, C) from what the body returned."""
+        return self.classifier(self.dropout(body["pooler_output"]))
 
     def construct(
         self,
@@ -280,7 +300,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         Returns:
             A dict: "loss" if `labels` are given, "logits" (B, C), and "hidden_states" when asked.
         """
-        body = self.bert(
+        body = getattr(self, self.base_model_prefix)(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -289,7 +309,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
             past_key_values,
             output_hidden_states,
         )
-        logits = self.classifier(self.dropout(body["pooler_output"]))
+        logits = self.score(body)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return _outputs(body, {"logits": logits}, loss)
 
@@ -297,11 +317,13 @@ class BertForSequenceClassification(BertPreTrainedModel):
 class BertForTokenClassification(BertPreTrainedModel):
     """Scores of every token."""
 
+    body_class: ClassVar[type[BertModel]] = BertModel
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.dropout = _head_dropout(config)
+        self.add_body(self.body_class(config, add_pooling_layer=False))
+        self.dropout = head_dropout(config)
         self.classifier = linear(config.hidden_size, config.num_labels, True, config.initializer_range)
         self.update_parameters_name()
 
@@ -321,7 +343,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         Returns:
             A dict: "loss" if `labels` are given, "logits" (B, T, C), and "hidden_states" when asked.
         """
-        body = self.bert(
+        body = getattr(self, self.base_model_prefix)(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -337,10 +359,12 @@ class BertForTokenClassification(BertPreTrainedModel):
 class BertForQuestionAnswering(BertPreTrainedModel):
     """Scores of every token to be the start or the end of the answer."""
 
+    body_class: ClassVar[type[BertModel]] = BertModel
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.num_labels = 2
-        self.bert = BertModel(config, add_pooling_layer=False)
+        self.add_body(self.body_class(config, add_pooling_layer=False))
         self.qa_outputs = linear(config.hidden_size, 2, True, config.initializer_range)
         self.update_parameters_name()
 
@@ -361,7 +385,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         Returns:
             A dict: "loss" if both positions are given, "start_logits" and "end_logits" (B, T), "hidden_states".
         """
-        body = self.bert(
+        body = getattr(self, self.base_model_prefix)(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -374,15 +398,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         start, end = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (_position_loss(start, start_positions) + _position_loss(end, end_positions)) / 2
+            loss = answer_loss(start, end, start_positions, end_positions)
         return _outputs(body, {"start_logits": start, "end_logits": end}, loss)
-
-
-def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Cross entropy over the T positions; negative ones count as 0, those beyond the end are ignored."""
-    t = logits.shape[1]
-    positions = ops.relu(positions.reshape((-1,)).astype(ms.int32))
-    return cross_entropy(logits, ops.where(positions < t, positions, -100))
 
 
 class BertTransform(nn.Cell):
@@ -427,19 +444,28 @@ class BertMLMHead(nn.Cell):
 
 
 class BertForMaskedLM(BertPreTrainedModel):
-    """Scores over the vocabulary at every token."""
+    """Scores over the vocabulary at every token.
+
+    Attributes:
+        head: the attribute that holds the scores' layers.
+        head_class: their class.
+    """
+
+    body_class: ClassVar[type[BertModel]] = BertModel
+    head: ClassVar[str] = "cls"
+    head_class: ClassVar[type[nn.Cell]] = BertMLMHead
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.cls = BertMLMHead(config)
+        self.add_body(self.body_class(config, add_pooling_layer=False))
+        setattr(self, self.head, self.head_class(config))
         self.tie_weights()
         self.update_parameters_name()
 
     def tie_weights(self) -> None:
         """Let the decoder use the word embedding's Parameter, if the config ties them."""
         if self.config.tie_word_embeddings:
-            self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+            self.get_output_embeddings().weight = self.get_input_embeddings().weight
 
     def construct(
         self,
@@ -457,7 +483,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         Returns:
             A dict: "loss" if `labels` are given, "logits" (B, T, V), and "hidden_states" when asked.
         """
-        body = self.bert(
+        body = getattr(self, self.base_model_prefix)(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -466,7 +492,7 @@ class BertForMaskedLM(BertPreTrainedModel):
             past_key_values,
             output_hidden_states,
         )
-        logits = self.cls(body["last_hidden_state"])
+        logits = getattr(self, self.head)(body["last_hidden_state"])
         return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
 
     def get_output_embeddings(self) -> nn.Cell:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from msft_peft.backend.files import write_text
 from msft_peft.models.checkpoint import CONFIG_FILE, resolve_folder
@@ -47,19 +47,29 @@ class ModelConfig:
 
     Args:
         values: settings that differ from the family's defaults; `num_labels=n` names n labels "LABEL_0", ....
+
+    Attributes:
+        aliases: other names of settings, which read and write what the family's own name stands for: GPT-2's
+            `config.hidden_size` is `config.n_embd`. Only the own name is saved.
     """
 
     architectures: list[str] | None
     model_type: ClassVar[str] = ""
     defaults: ClassVar[dict[str, Any]] = {}
+    aliases: ClassVar[dict[str, str]] = {}
 
-    if TYPE_CHECKING:
+    def __getattr__(self, key: str) -> Any:
+        """Any setting of the file: reached where the name is an alias, or none at all."""
+        if key in type(self).aliases:
+            return getattr(self, type(self).aliases[key])
+        raise AttributeError(f"{type(self).__name__} has no setting '{key}'.")
 
-        def __getattr__(self, key: str) -> Any:
-            """Any setting of the file."""
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(self.aliases.get(key, key), value)
 
     def __init__(self, **values: Any):
-        values = {**_COMMON, **copy.deepcopy(self.defaults), **values}
+        settings = [*_COMMON.items(), *copy.deepcopy(self.defaults).items(), *values.items()]
+        values = {self.aliases.get(key, key): value for key, value in settings}
         values.pop("model_type", None)
         self.name_or_path = str(values.pop("_name_or_path", "") or values.pop("name_or_path", ""))
         num_labels = values.pop("num_labels", None)
@@ -295,7 +305,119 @@ class BertConfig(ModelConfig):
     }
 
 
-_FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, BertConfig)
+class RobertaConfig(BertConfig):
+    """RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT's blocks; positions count from `pad_token_id` + 1."""
+
+    model_type = "roberta"
+    defaults: ClassVar = {
+        **BertConfig.defaults,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "vocab_size": 50265,
+    }
+
+
+class GPT2Config(ModelConfig):
+    """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners")."""
+
+    model_type = "gpt2"
+    aliases: ClassVar = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+    defaults: ClassVar = {
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "layer_norm_epsilon": 1e-5,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_inner": None,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.1,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "vocab_size": 50257,
+    }
+
+
+class OPTConfig(ModelConfig):
+    """OPT (Zhang et al. 2022, arXiv:2205.01068)."""
+
+    model_type = "opt"
+    aliases: ClassVar = {"initializer_range": "init_std"}
+    defaults: ClassVar = {
+        "_remove_final_layer_norm": False,
+        "activation_function": "relu",
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "do_layer_norm_before": True,
+        "dropout": 0.1,
+        "enable_bias": True,
+        "eos_token_id": 2,
+        "ffn_dim": 3072,
+        "hidden_size": 768,
+        "init_std": 0.02,
+        "layer_norm_elementwise_affine": True,
+        "layerdrop": 0.0,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 1,
+        "vocab_size": 50272,
+        "word_embed_proj_dim": None,
+    }
+
+    word_embed_proj_dim: int
+
+    def _complete(self) -> None:
+        if self.word_embed_proj_dim is None:
+            self.word_embed_proj_dim = self.hidden_size
+
+
+class BloomConfig(ModelConfig):
+    """BLOOM (BigScience 2022, arXiv:2211.05100); old files say `n_embed` for `hidden_size`."""
+
+    model_type = "bloom"
+    aliases: ClassVar = {
+        "n_embed": "hidden_size",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+    defaults: ClassVar = {
+        "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_dropout": 0.0,
+        "hidden_size": 64,
+        "layer_norm_epsilon": 1e-5,
+        "n_head": 8,
+        "n_layer": 2,
+        "pretraining_tp": 1,
+        "slow_but_exact": False,
+        "vocab_size": 250880,
+    }
+
+
+_FAMILIES = (
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    GPT2Config,
+    OPTConfig,
+    BloomConfig,
+    BertConfig,
+    RobertaConfig,
+)
 CONFIG_CLASSES = {family.model_type: family for family in _FAMILIES}
 
 

@@ -18,6 +18,26 @@ def linear(inputs: int, outputs: int, bias: bool, std: float) -> nn.Dense:
     return nn.Dense(inputs, outputs, weight_init=Normal(std), bias_init="zeros", has_bias=bias)
 
 
+class Conv1D(nn.Cell):
+    """y = x·W + b with W stored (inputs, outputs): GPT-2's dense layer, under HF's names and their order.
+
+    Attributes:
+        weight: (nx, nf), drawn from N(0, std²).
+        bias: (nf,), zeros.
+    """
+
+    def __init__(self, nf: int, nx: int, std: float = 0.02):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = Parameter(initializer(Normal(std), (nx, nf), ms.float32), name="weight")
+        self.bias = Parameter(initializer("zeros", (nf,), ms.float32), name="bias")
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Map `x` (..., nx) to (..., nf)."""
+        rows = _add_row(_matmul(x.reshape((-1, self.nx)), self.weight), self.bias)
+        return rows.reshape((*x.shape[:-1], self.nf))
+
+
 class Embedding(mint.nn.Embedding):
     """Rows of `weight` (vocab, H) by index; the row `padding_idx` starts at zero and gets no gradient.
 
@@ -41,10 +61,13 @@ class Embedding(mint.nn.Embedding):
 
 
 class LayerNorm(mint.nn.LayerNorm):
-    """y = (x - mean) / √(var + ε) · weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+    """y = (x - mean) / √(var + ε) · weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
-    def __init__(self, width: int, eps: float):
-        super().__init__((width,), eps)
+    Without `affine` there are no weight and bias: they are 1 and 0.
+    """
+
+    def __init__(self, width: int, eps: float, affine: bool = True):
+        super().__init__((width,), eps, affine)
         self.average = _average(width)
 
     def construct(self, input: Tensor) -> Tensor:
@@ -53,6 +76,9 @@ class LayerNorm(mint.nn.LayerNorm):
         mean = _row_means(rows, self.average)  # (N, 1)
         rows = rows - _outer(mean, ops.ones((1, rows.shape[-1]), ms.float32), self.average)
         scale = ops.rsqrt(_row_means(rows * rows, self.average) + self.eps)  # (N, 1)
+        if self.weight is None:
+            scale = _outer(scale, ops.ones((1, rows.shape[-1]), ms.float32), self.average)
+            return (rows * scale).astype(input.dtype).reshape(input.shape)
         rows = rows * _outer(scale, self.weight.astype(ms.float32).reshape((1, -1)), self.average)
         return _add_row(rows.astype(input.dtype), self.bias).reshape(input.shape)
 

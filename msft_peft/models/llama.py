@@ -3,27 +3,21 @@
 A block is  h = x + Attention(RMSNorm(x)),  y = h + MLP(RMSNorm(h)),  with rotary positions and grouped key and value
 heads. The families differ only in their config: Mistral adds a sliding window, Qwen2 biases on q, k and v, Qwen3 an
 RMS norm on every head of q and k.
-
-The key/value cache is a plain argument and result, never state of a Cell: a tuple with a pair (key, value) for each
-layer, (B, K, S, D) each. What is passed in may as well be a trained prefix. Without `cache_position` new keys and
-values are appended; with it they are written into that slot of a cache of fixed size.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from msft_peft.models.attention import attend, causal_mask
+from msft_peft.models.attention import attend, causal_mask, remember
 from msft_peft.models.config import DecoderConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from msft_peft.models.generation import GenerativeModel
+from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from msft_peft.models.layers import Embedding, RMSNorm, activation, linear
-from msft_peft.models.losses import classification_loss, next_token_loss
-from msft_peft.models.pretrained import PreTrainedModel
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -98,17 +92,9 @@ class LlamaAttention(nn.Cell):
         q = rotate(q.swapaxes(1, 2), cos, sin)
         k = rotate(k.swapaxes(1, 2), cos[:, : k.shape[2]], sin[:, : k.shape[2]])
         if past is not None:
-            k, v = _remember(past[0], k, slot), _remember(past[1], v, slot)
+            k, v = remember(past[0], k, slot), remember(past[1], v, slot)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o_proj(y), k, v
-
-
-def _remember(past: Tensor, new: Tensor, slot: Tensor | None) -> Tensor:
-    """Append `new` (B, K, T, D) to `past` (B, K, S, D); or, given a slot (1,), write the one new token there."""
-    if slot is None:
-        return ops.cat((past, new.astype(past.dtype)), 2)
-    here = ops.equal(Tensor(np.arange(past.shape[2], dtype=np.int32)), slot.astype(ms.int32)).reshape((1, 1, -1, 1))
-    return ops.where(here, new.astype(past.dtype), past)
 
 
 class LlamaMLP(nn.Cell):
@@ -139,14 +125,15 @@ class LlamaDecoderLayer(nn.Cell):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def construct(self, x, cos, sin, mask, past=None, slot=None):
+    def construct(self, x, cos, sin, mask, windowed, past=None, slot=None):
         """Map (B, T, H) to (B, T, H); also return all keys and values."""
+        mask = mask if self.window is None else windowed
         y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slot)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
-class LlamaModel(PreTrainedModel):
+class LlamaModel(Decoder):
     """The decoder without a head.
 
     Raises:
@@ -155,7 +142,7 @@ class LlamaModel(PreTrainedModel):
 
     config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
     base_model_prefix = "model"
-    heads = ("lm_head", "score")
+    old_prefixes = ("transformer",)
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
@@ -170,76 +157,20 @@ class LlamaModel(PreTrainedModel):
         self.window = next((window for window in windows if window is not None), None)
         self.update_parameters_name()
 
-    def construct(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        cache_position=None,
-        use_cache=False,
-        output_hidden_states=False,
-    ):
-        """Run the decoder.
-
-        Args:
-            input_ids: (B, T), integers; or give `inputs_embeds`.
-            attention_mask: (B, S), nonzero at real tokens, for the S cached and new slots; None: all are real.
-            position_ids: (1 or B, T); default: counted on from the cache's end.
-            past_key_values: a cache, or a prefix: a tuple of (key, value) for each layer, (B, K, S - T, D) each.
-            inputs_embeds: (B, T, H), in place of `input_ids`.
-            cache_position: (1,), integer: write the one new token (T = 1) into this slot of `past_key_values`, which
-                then is a cache of fixed size (B, K, S, D); slots after it are not looked at.
-            use_cache: also return the keys and values.
-            output_hidden_states: also return the input of every layer, and the normed output, as a tuple.
-
-        Returns:
-            A dict: "last_hidden_state" (B, T, H), and, if asked for, "past_key_values" and "hidden_states".
-
-        Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; or `attention_mask` has not S columns.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("LlamaModel needs either input_ids or inputs_embeds: got both, or neither.")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        t = x.shape[1]
-        cached = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-        length = cached + t if cache_position is None else cached
-        if attention_mask is not None and attention_mask.shape[1] != length:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, but {cached} cached slots and "
-                f"{t} new tokens need {length}. Put ones in front of it for a cache or a prefix."
-            )
-        if cache_position is None:
-            slots = Tensor(np.arange(cached, cached + t, dtype=np.int32))
-        else:
-            slots = cache_position
-        if position_ids is None:
-            position_ids = slots.reshape((1, -1))
+    def enter(self, x, slots, length, position_ids, attention_mask):
+        """Add nothing to `x`; all blocks share cosines, sines, and the masks without and with the window."""
         angles = position_ids.astype(ms.float32).expand_dims(-1) * self.inverse_frequencies  # (1 or B, T, D/2)
         cos, sin = ops.cos(angles).astype(x.dtype), ops.sin(angles).astype(x.dtype)
-        shape = (x.shape[0], self.num_heads, t, 2 * cos.shape[-1])
+        shape = (x.shape[0], self.num_heads, x.shape[1], 2 * cos.shape[-1])
         cos = ops.broadcast_to(ops.cat((cos, cos), -1).expand_dims(1), shape)
         sin = ops.broadcast_to(ops.cat((-sin, sin), -1).expand_dims(1), shape)
         mask = causal_mask(slots, length, attention_mask)
         windowed = mask if self.window is None else causal_mask(slots, length, attention_mask, self.window)
+        return x, (cos, sin, mask, windowed)
 
-        states: tuple[Any, ...] = ()
-        cache: tuple[Any, ...] = ()
-        for i, layer in enumerate(self.layers):
-            if output_hidden_states:
-                states = (*states, x)
-            past = None if past_key_values is None else past_key_values[i]
-            x, k, v = layer(x, cos, sin, mask if layer.window is None else windowed, past, cache_position)
-            cache = (*cache, (k, v))
-        x = self.norm(x)
-        outputs = {"last_hidden_state": x}
-        if use_cache:
-            outputs["past_key_values"] = cache
-        if output_hidden_states:
-            outputs["hidden_states"] = (*states, x)
-        return outputs
+    def leave(self, x):
+        """Norm."""
+        return self.norm(x)
 
     def get_input_embeddings(self) -> nn.Cell:
         """Return `embed_tokens`."""
@@ -250,146 +181,42 @@ class LlamaModel(PreTrainedModel):
         self._cells["embed_tokens"] = embeddings
 
 
-class LlamaForCausalLM(GenerativeModel):
-    """The decoder with scores over the vocabulary; with `tie_word_embeddings` they share the embedding's Parameter."""
+class LlamaForCausalLM(CausalLM):
+    """Llama with scores over the vocabulary."""
 
     config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
     body_class: ClassVar[type[LlamaModel]] = LlamaModel
     base_model_prefix = "model"
-    heads = ("lm_head", "score")
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__(config)
-        self.model = self.body_class(config)
-        self.lm_head = linear(config.hidden_size, config.vocab_size, False, config.initializer_range)
-        self.tie_weights()
-        self.update_parameters_name()
-
-    def tie_weights(self) -> None:
-        """Let `lm_head` use the embedding's Parameter, if the config ties them."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def construct(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=False,
-        cache_position=None,
-        logits_to_keep=0,
-        output_hidden_states=False,
-    ):
-        """Score the next token at every position; see `LlamaModel.construct` for the other arguments.
-
-        Args:
-            labels: (B, T), the token ids, -100 where no loss is wanted; the shift by one happens here.
-            logits_to_keep: score only the last so many positions; 0 for all.
-
-        Returns:
-            A dict: "loss" if `labels` are given, "logits" (B, T, V), and what the decoder returns when asked.
-        """
-        body = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            cache_position,
-            use_cache,
-            output_hidden_states,
-        )
-        x = body["last_hidden_state"]
-        if logits_to_keep > 0:
-            x = x[:, -logits_to_keep:]
-        logits = self.lm_head(x)
-        return _outputs(body, logits, None if labels is None else next_token_loss(logits, labels))
-
-    def get_output_embeddings(self) -> nn.Cell:
-        """Return `lm_head`."""
-        return self.lm_head
-
-    def set_output_embeddings(self, embeddings: nn.Cell) -> None:
-        """Put another Cell in the place of `lm_head`."""
-        self._cells["lm_head"] = embeddings
+    old_prefixes = ("transformer",)
 
 
-class LlamaForSequenceClassification(PreTrainedModel):
-    """The decoder with class scores, read at the last token that is not padding."""
+class LlamaForSequenceClassification(SequenceClassifier):
+    """Llama with class scores."""
 
     config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
     body_class: ClassVar[type[LlamaModel]] = LlamaModel
     base_model_prefix = "model"
-    heads = ("lm_head", "score")
+    old_prefixes = ("transformer",)
+
+
+class LlamaForTokenClassification(TokenClassifier):
+    """Llama with class scores of every token."""
+
+    config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
+    body_class: ClassVar[type[LlamaModel]] = LlamaModel
+    base_model_prefix = "model"
+    old_prefixes = ("transformer",)
+    head = "score"
     fresh_heads = ("score",)
 
-    def __init__(self, config: DecoderConfig):
-        super().__init__(config)
-        self.model = self.body_class(config)
-        self.num_labels = config.num_labels
-        self.score = linear(config.hidden_size, config.num_labels, False, config.initializer_range)
-        self.update_parameters_name()
 
-    def construct(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=False,
-        output_hidden_states=False,
-    ):
-        """Classify; see `LlamaModel.construct` for the arguments and `classification_loss` for `labels`.
+class LlamaForQuestionAnswering(QuestionAnswerer):
+    """Llama with scores of where an answer starts and ends; its body is called `transformer`, as in HF's files."""
 
-        Returns:
-            A dict: "loss" if `labels` are given, "logits" (B, C), and what the decoder returns when asked.
-
-        Raises:
-            ValueError: several sequences, and no `pad_token_id` in the config to find their ends.
-        """
-        pad = self.config.pad_token_id
-        body = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            None,
-            use_cache,
-            output_hidden_states,
-        )
-        x = body["last_hidden_state"]
-        b, t, _ = x.shape
-        if pad is None and b > 1:
-            raise ValueError(
-                f"{b} sequences in a batch, but config.pad_token_id is None: their ends are unknown. "
-                f"Set model.config.pad_token_id."
-            )
-        if input_ids is None or pad is None:
-            last = x[:, -1]
-        else:
-            places = Tensor(np.arange(t, dtype=np.int32)) * ops.not_equal(input_ids, pad).astype(ms.int32)  # (B, T)
-            row = ops.equal(places, places.max(-1, keepdims=True)).astype(x.dtype)
-            row = row * ops.not_equal(input_ids, pad).astype(x.dtype)
-            last = (row.expand_dims(1) @ x).squeeze(1)  # (B, 1, T) @ (B, T, H)
-        logits = self.score(last)
-        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
-        return _outputs(body, logits, loss)
-
-
-def _outputs(body, logits, loss):
-    """Put a head's results before what the decoder returned beside its last state."""
-    outputs = {} if loss is None else {"loss": loss}
-    outputs["logits"] = logits
-    for name in ("past_key_values", "hidden_states"):
-        if name in body:
-            outputs[name] = body[name]
-    return outputs
+    config_class: ClassVar[type[DecoderConfig]] = LlamaConfig
+    body_class: ClassVar[type[LlamaModel]] = LlamaModel
+    base_model_prefix = "transformer"
+    old_prefixes = ("model",)
 
 
 class MistralModel(LlamaModel):
@@ -412,6 +239,22 @@ class MistralForSequenceClassification(LlamaForSequenceClassification):
     body_class = MistralModel
 
 
+class MistralForTokenClassification(LlamaForTokenClassification):
+    """Mistral with class scores of every token."""
+
+    config_class = MistralConfig
+    body_class = MistralModel
+
+
+class MistralForQuestionAnswering(LlamaForQuestionAnswering):
+    """Mistral with scores of where an answer starts and ends."""
+
+    config_class = MistralConfig
+    body_class = MistralModel
+    base_model_prefix = "model"
+    old_prefixes = ("transformer",)
+
+
 class Qwen2Model(LlamaModel):
     """Qwen2's decoder."""
 
@@ -432,6 +275,20 @@ class Qwen2ForSequenceClassification(LlamaForSequenceClassification):
     body_class = Qwen2Model
 
 
+class Qwen2ForTokenClassification(LlamaForTokenClassification):
+    """Qwen2 with class scores of every token."""
+
+    config_class = Qwen2Config
+    body_class = Qwen2Model
+
+
+class Qwen2ForQuestionAnswering(LlamaForQuestionAnswering):
+    """Qwen2 with scores of where an answer starts and ends."""
+
+    config_class = Qwen2Config
+    body_class = Qwen2Model
+
+
 class Qwen3Model(LlamaModel):
     """Qwen3's decoder."""
 
@@ -447,6 +304,20 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
 
 class Qwen3ForSequenceClassification(LlamaForSequenceClassification):
     """Qwen3 with class scores."""
+
+    config_class = Qwen3Config
+    body_class = Qwen3Model
+
+
+class Qwen3ForTokenClassification(LlamaForTokenClassification):
+    """Qwen3 with class scores of every token."""
+
+    config_class = Qwen3Config
+    body_class = Qwen3Model
+
+
+class Qwen3ForQuestionAnswering(LlamaForQuestionAnswering):
+    """Qwen3 with scores of where an answer starts and ends."""
 
     config_class = Qwen3Config
     body_class = Qwen3Model

@@ -68,6 +68,23 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     )
 
 
+def answer_loss(start: Tensor, end: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """The mean of the cross entropies, over the T tokens, of where an answer starts and where it ends.
+
+    Args:
+        start: (B, T), the scores.
+        end: (B, T), the scores.
+        start_positions: (B,) integers; negative ones count as 0, those beyond the end are ignored.
+        end_positions: the same.
+    """
+    return (_position_loss(start, start_positions) + _position_loss(end, end_positions)) / 2
+
+
+def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    positions = ops.relu(positions.reshape((-1,)).astype(ms.int32))
+    return cross_entropy(logits, ops.where(positions < logits.shape[1], positions, IGNORE))
+
+
 class LossOnly(nn.Cell):
     """A model that returns its loss alone, for `mindspore.train.Model`, `TrainOneStepCell` and `value_and_grad`.
 

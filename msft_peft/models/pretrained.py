@@ -18,7 +18,6 @@ from msft_peft.models.checkpoint import fetch_checkpoint, tensor_shapes, tensors
 from msft_peft.models.config import ModelConfig
 
 _NUMPY = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: bfloat16}
-_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq|\.masked_bias)$")  # derived values that old files carry
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # TensorFlow's, in old BERTs
 
 
@@ -29,6 +28,8 @@ class PreTrainedModel(nn.Cell):
         config: the model's `ModelConfig`.
         config_class: the config class of the family.
         base_model_prefix: the attribute under which a model with a head keeps its body ("model", "bert").
+        old_prefixes: other names that the body has in files of the same family.
+        buffers: a regex of the ends of keys that stand for derived values, which old files carry; they are left out.
         heads: the parts of keys that belong to task heads; a checkpoint may carry heads that this class lacks.
         fresh_heads: the heads that a checkpoint may lack altogether; they are then drawn anew, with a warning.
         parent_library: where a torch user finds the class of the same name; written into files that name a class.
@@ -36,6 +37,8 @@ class PreTrainedModel(nn.Cell):
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
     base_model_prefix: ClassVar[str] = ""
+    old_prefixes: ClassVar[tuple[str, ...]] = ()
+    buffers: ClassVar[str] = r"position_ids|rotary_emb\.inv_freq"
     heads: ClassVar[tuple[str, ...]] = ()
     fresh_heads: ClassVar[tuple[str, ...]] = ()
     parent_library: ClassVar[str] = "transformers"
@@ -48,6 +51,11 @@ class PreTrainedModel(nn.Cell):
                 f"Build one, or call {type(self).__name__}.from_pretrained(folder_or_hub_id)."
             )
         self.config = config
+
+    def add_body(self, body: PreTrainedModel) -> Any:
+        """Put the body in the place that `base_model_prefix` names, and return it."""
+        setattr(self, self.base_model_prefix, body)
+        return body
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> PreTrainedModel:
@@ -141,9 +149,8 @@ class PreTrainedModel(nn.Cell):
         """Give every weight its value from the files, after all keys and shapes were checked."""
         targets = _all_paths(self)
         found = tensor_shapes(paths)
-        own_prefix, body = self.base_model_prefix + ".", self.base_model is not self
-        names = {key: _own_name(key, own_prefix, body, found) for key in found}
-        shapes = {names[key]: shape for key, shape in found.items() if not _BUFFERS.search(key)}
+        names = self._own_names(list(found), set(targets))
+        shapes = {names[key]: shape for key, shape in found.items() if not re.search(rf"({self.buffers})$", key)}
 
         filled = {id(targets[name]) for name in shapes if name in targets}
         missing = [name for name, p in targets.items() if id(p) not in filled]
@@ -179,6 +186,21 @@ class PreTrainedModel(nn.Cell):
                 stacklevel=3,
             )
 
+    def _own_names(self, keys: list[str], targets: set[str]) -> dict[str, str]:
+        """Translate a checkpoint's keys: old names, and the body's prefix where one side has it, or has another."""
+        prefix = "" if self.base_model is self else self.base_model_prefix + "."
+        known = [f"{name}." for name in (self.base_model_prefix, *self.old_prefixes)]
+        theirs = next((name for name in known if any(key.startswith(name) for key in keys)), "")
+        names = {}
+        for key in keys:
+            name = key
+            for old, new in _LEGACY.items():
+                name = name[: -len(old)] + new if name.endswith(old) else name
+            if name not in targets and name.startswith(theirs) and prefix + name[len(theirs) :] in targets:
+                name = prefix + name[len(theirs) :]
+            names[key] = name
+        return names
+
 
 def _under(name: str, head: str) -> bool:
     return name == head or name.startswith(head + ".") or f".{head}." in name
@@ -192,19 +214,6 @@ def _all_paths(model: nn.Cell) -> dict[str, Parameter]:
         for name, parameter in cell._params.items()
         if parameter is not None
     }
-
-
-def _own_name(key: str, prefix: str, has_body: bool, found: dict[str, tuple[int, ...]]) -> str:
-    """Translate a checkpoint's key: old names, and the body's prefix where one side has it and the other has not."""
-    for old, new in _LEGACY.items():
-        if key.endswith(old):
-            key = key[: -len(old)] + new
-    in_file = any(name.startswith(prefix) for name in found)
-    if has_body and not in_file:
-        return prefix + key
-    if not has_body and in_file and key.startswith(prefix):
-        return key[len(prefix) :]
-    return key
 
 
 def _dtype(dtype: str | ms.Type | None) -> ms.Type | None:

@@ -242,7 +242,7 @@ def test_auto_classes_name_what_they_have(folder):
         models.AutoModelForMaskedLM.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(ValueError, match=r"model_type 'mamba' is not built.*llama, mistral, qwen2, qwen3, bert"):
+    with pytest.raises(ValueError, match=r"model_type 'mamba' is not built.*llama, mistral, qwen2, qwen3.*bert"):
         models.AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(TypeError, match="is not built itself"):
         models.AutoModel()

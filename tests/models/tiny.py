@@ -20,6 +20,28 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_positions": 64,
+    "n_embd": WIDTH,
+    "n_layer": 2,
+    "n_head": HEADS,
+    "initializer_range": STD,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    **_ENDS,
+}
+_OPT = {
+    **{key: value for key, value in _SIZES.items() if key not in ("intermediate_size", "initializer_range")},
+    "ffn_dim": 40,
+    "init_std": STD,
+    "dropout": 0.0,
+    "word_embed_proj_dim": WIDTH,
+    **_ENDS,
+}
+_BLOOM = {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2, "initializer_range": STD, **_ENDS}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -38,8 +60,14 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "rope_theta": 1e6},
     ),
     "qwen3": ("qwen3", {**_GROUPED, "head_dim": 10, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {**_GPT2, "n_inner": 40, "scale_attn_by_inverse_layer_idx": True}),
+    "opt": ("opt", _OPT),
+    "opt-350m": ("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "bloom": ("bloom", {**_BLOOM, "n_head": 4}),
+    "bloom-post": ("bloom", {**_BLOOM, "n_head": 6, "apply_residual_connection_post_layernorm": True}),
 }
 BERT = {**_SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ENCODERS: dict[str, dict[str, Any]] = {"bert": BERT, "roberta": {**BERT, "pad_token_id": 1}}
 
 
 def decoder(name: str = "llama3", **overrides: Any) -> models.LlamaForCausalLM:
