@@ -47,6 +47,9 @@ ENCODER = {key: DECODER[key] for key in list(DECODER)[:5]} | {
 }
 
 
+ROBERTA = ENCODER | {"pad_token_id": 0}
+
+
 @dataclass(frozen=True)
 class Model:
     """A model class of transformers, which ours is named like, its config, and a LoraConfig."""
@@ -62,12 +65,35 @@ class Model:
         return self.lora.get("task_type")
 
 
+GPT2 = {
+    "vocab_size": 30,
+    "n_embd": 16,
+    "n_inner": 20,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+OPT = {key: value for key, value in DECODER.items() if key not in ("intermediate_size", "num_key_value_heads")}
+OPT |= {"ffn_dim": 20, "word_embed_proj_dim": 16, "tie_word_embeddings": True}
+OPT_350M = OPT | {"word_embed_proj_dim": 12, "do_layer_norm_before": False}
+BLOOM = {key: GPT2[key] for key in ("vocab_size", "n_layer", "n_head", "attn_implementation")}
+BLOOM |= {key: GPT2[key] for key in GPT2 if key.endswith("_id")} | {"hidden_size": 16}
+
+
 def causal(kind: str, settings: dict | None = None, **lora: Any) -> Model:
     return Model(kind + "ForCausalLM", DECODER | (settings or {}), {"r": 3, "task_type": "CAUSAL_LM"} | lora)
 
 
 def bert(head: str, **lora: Any) -> Model:
-    return Model("BertFor" + head, ENCODER | {"num_labels": 2 if head.startswith("Question") else 3}, {"r": 3} | lora)
+    return other("BertFor" + head, ENCODER, **lora)
+
+
+def other(kind: str, settings: dict, **lora: Any) -> Model:
+    return Model(kind, settings | {"num_labels": 2 if kind.endswith("Answering") else 3}, {"r": 3} | lora)
 
 
 EMBEDDINGS = "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`."
@@ -106,6 +132,26 @@ MODELS = {
     "bert_seq_cls_all_linear": bert("SequenceClassification", task_type="SEQ_CLS", target_modules="all-linear", r=2),
     "bert_token_cls": bert("TokenClassification", task_type="TOKEN_CLS", bias="lora_only"),
     "bert_qa": bert("QuestionAnswering", task_type="QUESTION_ANS"),
+    "llama_token_cls": other("LlamaForTokenClassification", DECODER, task_type="TOKEN_CLS"),
+    "llama_qa": other("LlamaForQuestionAnswering", DECODER, task_type="QUESTION_ANS"),
+    "gpt2": Model("GPT2LMHeadModel", GPT2, {"r": 3, "task_type": "CAUSAL_LM"}),
+    "gpt2_seq_cls": other("GPT2ForSequenceClassification", GPT2, task_type="SEQ_CLS", target_modules="all-linear"),
+    "gpt2_token_cls": other("GPT2ForTokenClassification", GPT2, task_type="TOKEN_CLS", bias="lora_only"),
+    "gpt2_qa": other("GPT2ForQuestionAnswering", GPT2, task_type="QUESTION_ANS"),
+    "opt": Model("OPTForCausalLM", OPT, {"r": 3, "task_type": "CAUSAL_LM"}),
+    "opt_350m": Model(
+        "OPTForCausalLM", OPT_350M, {"r": 3, "task_type": "CAUSAL_LM", "target_modules": "all-linear", "bias": "all"}
+    ),
+    "opt_seq_cls": other("OPTForSequenceClassification", OPT_350M, task_type="SEQ_CLS"),
+    "opt_qa": other("OPTForQuestionAnswering", OPT, task_type="QUESTION_ANS"),
+    "bloom": Model("BloomForCausalLM", BLOOM, {"r": 3, "task_type": "CAUSAL_LM"}),
+    "bloom_seq_cls": other("BloomForSequenceClassification", BLOOM, task_type="SEQ_CLS", target_modules="all-linear"),
+    "bloom_token_cls": other("BloomForTokenClassification", BLOOM, task_type="TOKEN_CLS"),
+    "bloom_qa": other("BloomForQuestionAnswering", BLOOM, task_type="QUESTION_ANS"),
+    "roberta_seq_cls": other("RobertaForSequenceClassification", ROBERTA, task_type="SEQ_CLS"),
+    "roberta_token_cls": other("RobertaForTokenClassification", ROBERTA, task_type="TOKEN_CLS"),
+    "roberta_qa": other("RobertaForQuestionAnswering", ROBERTA, task_type="QUESTION_ANS"),
+    "roberta_masked": other("RobertaForMaskedLM", ROBERTA),
     "bert_plain": bert("SequenceClassification", target_modules=["query", "key"], modules_to_save=["classifier"]),
 }
 COMPILED = [
@@ -122,6 +168,7 @@ COMPILED = [
     "llama_seq_cls",
 ]
 COMPILED += ["bert_seq_cls", "bert_token_cls", "bert_qa"]
+COMPILED += ["gpt2", "gpt2_token_cls", "opt_350m", "bloom_qa", "bloom_seq_cls", "roberta_seq_cls", "roberta_masked"]
 each_model = pytest.mark.parametrize("name", list(MODELS))
 
 
@@ -183,7 +230,7 @@ def batch(name: str) -> dict[str, np.ndarray]:
         return found | {"start_positions": np.array([1, 2], np.int32), "end_positions": np.array([3, 3], np.int32)}
     if kind.endswith("SequenceClassification"):
         return found | {"labels": np.array([2, 0], np.int32)}
-    labels = ids if kind.endswith("CausalLM") else rng.integers(0, 3, ids.shape).astype(np.int32)
+    labels = ids if kind.endswith(("LM", "LMHeadModel")) else rng.integers(0, 3, ids.shape).astype(np.int32)
     return found | {"labels": np.where(mask == 1, labels, -100).astype(np.int32)}
 
 
@@ -342,7 +389,8 @@ def test_files_that_carry_the_embeddings(name, checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_tied", "llama_tied_copies", "qwen2", "qwen3", "llama_embeddings", "llama_tokens", "llama_dora"]
+    "name",
+    "llama_tied llama_tied_copies qwen2 qwen3 llama_embeddings llama_tokens llama_dora gpt2 opt_350m bloom".split(),
 )
 def test_greedy_generation(name, checkpoints, tmp_path):
     """The same tokens with the adapter, without it, and with it merged."""
