@@ -81,10 +81,9 @@ def split_heads(fused: Tensor, heads: int, by_head: bool = False) -> tuple[Tenso
     b, t, width = fused.shape
     d = width // (3 * heads)
     if by_head:
-        fused = fused.reshape((b, t, heads, 3, d)).transpose((3, 0, 2, 1, 4))
+        q, k, v = ops.split(fused.reshape((b, t, heads, 3 * d)).swapaxes(1, 2), d, 3)
     else:
-        fused = fused.reshape((b, t, 3, heads, d)).transpose((2, 0, 3, 1, 4))
-    q, k, v = ops.split(fused.reshape((3 * b, heads, t, d)), b, 0)
+        q, k, v = ops.split(fused.reshape((b, t, 3 * heads, d)).swapaxes(1, 2), heads, 1)
     return q, k, v
 
 

@@ -220,6 +220,42 @@ def test_body_and_heads_read_each_other(folder, tmp_path):
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt-350m", "bloom", "llama3"])
+def test_files_without_the_body_s_prefix(name, tmp_path):
+    """As the Hub has GPT-2 and BLOOM, with the masks that old GPT-2 files carry, and with a tied head or without."""
+    model = tiny.decoder(name)
+    model.save_pretrained(tmp_path)
+    prefix = model.base_model_prefix + "."
+
+    def age(arrays):
+        for key in list(arrays):
+            arrays[key.removeprefix(prefix)] = arrays.pop(key)
+        if name == "gpt2":
+            arrays["h.0.attn.bias"] = np.zeros((1, 1, 64, 64), np.float32)
+            arrays["h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
+        if name == "bloom":
+            arrays["lm_head.weight"] = arrays["word_embeddings.weight"].copy()
+
+    rewrite(tmp_path, age)
+    again = models.AutoModelForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(logits(again), logits(model))
+    body = models.AutoModel.from_pretrained(tmp_path)
+    assert type(body) is type(model.base_model)
+
+
+def test_bodies_of_another_name(folder, tmp_path):
+    """A Llama that answers questions calls its body otherwise, in HF's files too: all read each other."""
+    with pytest.warns(UserWarning, match="new random weights"):
+        reader = models.AutoModelForQuestionAnswering.from_pretrained(folder)
+    assert {name.split(".")[0] for name, _ in reader.parameters_and_names()} == {"transformer", "qa_outputs"}
+    reader.save_pretrained(tmp_path / "reader")
+    expected = weights(models.AutoModel.from_pretrained(folder))
+    for name, value in weights(models.AutoModel.from_pretrained(tmp_path / "reader")).items():
+        np.testing.assert_array_equal(value, expected[name])
+    with pytest.warns(UserWarning, match="'score.weight'"):
+        models.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reader")
+
+
 def test_old_bert_names(tmp_path):
     model = tiny.scatter(models.BertModel(models.BertConfig(**tiny.BERT)))
     model.save_pretrained(tmp_path)

@@ -1,5 +1,7 @@
 """The reference models by themselves: both modes agree, gradients are true, masks mask, replaced layers are used."""
 
+from functools import partial
+
 import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
@@ -8,21 +10,31 @@ from mindspore import Tensor, nn
 
 import msft_peft.models as models
 from msft_peft.models.attention import SoftmaxMix
-from msft_peft.models.layers import GELU, LayerNorm, RMSNorm, activation, gelu_tanh
+from msft_peft.models.bloom import alibi_slopes
+from msft_peft.models.layers import GELU, Conv1D, Embedding, LayerNorm, RMSNorm, activation, gelu_tanh
 from msft_peft.models.losses import classification_loss, cross_entropy
 from tests.models import tiny
 
 
-def classifier(**overrides):
-    return tiny.scatter(models.BertForSequenceClassification(models.BertConfig(**{**tiny.BERT, **overrides})))
+def classifier(family: str = "bert", **overrides):
+    config = models.AutoConfig.for_model(family, **{**tiny.ENCODERS[family], **overrides})
+    return tiny.scatter(models.AutoModelForSequenceClassification.from_config(config))
+
+
+# A model of every architecture, with a head.
+EACH = {name: partial(tiny.decoder, name) for name in ("llama3", "gpt2", "opt-350m", "bloom-post")}
+EACH |= {name: partial(classifier, name) for name in tiny.ENCODERS}
+# Whose graphs differ.
+COMPILED = [build for name, build in EACH.items() if name != "roberta"]
+each = pytest.mark.parametrize("build", EACH.values(), ids=EACH)
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize("build", [tiny.decoder, classifier])
+@pytest.mark.parametrize("build", COMPILED)
 def test_modes_agree(build):
     model = build()
     mask = tiny.left_mask()
-    labels = tiny.tokens() if build is tiny.decoder else np.array([0, 1, 1], np.int32)
+    labels = tiny.tokens() if hasattr(model, "generate") else np.array([0, 1, 1], np.int32)
     batch = {"input_ids": tiny.tokens(), "attention_mask": mask, "labels": labels}
     loss, logits, gradients = tiny.loss_logits_gradients(model, batch)
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -81,34 +93,43 @@ def _positions(mask: np.ndarray) -> np.ndarray:
     return np.maximum(mask.cumsum(-1) - 1, 0).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "gpt2", "opt", "bloom"])
 def test_cache_in_parts_equals_the_whole(name):
+    """Appended, and in slots of a cache of fixed size, of which some are empty."""
     model = tiny.decoder(name)
-    ids = Tensor(tiny.tokens())
-    whole = model(ids)["logits"].asnumpy()
-    first = model(ids[:, :7], use_cache=True)
-    second = model(ids[:, 7:], past_key_values=first["past_key_values"])
-    tiny.close(np.concatenate([first["logits"].asnumpy(), second["logits"].asnumpy()], 1), whole)
+    ids, mask = Tensor(tiny.tokens()), Tensor(tiny.left_mask())
+    for whole_mask in (None, mask):
+        whole = model(ids, whole_mask)["logits"].asnumpy()
+        first = model(ids[:, :11], None if whole_mask is None else mask[:, :11], use_cache=True)
+        past = first["past_key_values"]
+        second = model(ids[:, 11:], whole_mask, past_key_values=past)
+        real = tiny.left_mask() == 1 if whole_mask is not None else slice(None)
+        tiny.close(np.concatenate([first["logits"].asnumpy(), second["logits"].asnumpy()], 1)[real], whole[real])
+        slots = tuple(tuple(ms.ops.pad(x, (0, 0, 0, 4), value=9.0) for x in pair) for pair in past)
+        longer = None if whole_mask is None else ms.ops.pad(mask, (0, 3))
+        place = Tensor(np.array([11], np.int32))
+        second = model(ids[:, 11:], longer, past_key_values=slots, cache_position=place, use_cache=True)
+        tiny.close(second["logits"].asnumpy(), whole[:, 11:])
+        assert second["past_key_values"][0][0].shape == slots[0][0].shape
 
 
-def test_prefix_of_keys_and_values_moves_bert():
-    model = classifier()
-    random = np.random.RandomState(0)
-    shape = (3, tiny.HEADS, 5, tiny.WIDTH // tiny.HEADS)
-    prefix = tuple((Tensor(random.randn(*shape).astype(np.float32)),) * 2 for _ in range(2))
-    mask = Tensor(np.concatenate([np.ones((3, 5), np.int32), tiny.left_mask()], 1))
-    moved = model(Tensor(tiny.tokens()), mask, past_key_values=prefix)["logits"].asnumpy()
-    assert np.abs(moved - model(Tensor(tiny.tokens()), Tensor(tiny.left_mask()))["logits"].asnumpy()).max() > 1e-2
-    with pytest.raises(ValueError, match=r"12 columns.*need 17"):
-        model(Tensor(tiny.tokens()), Tensor(tiny.left_mask()), past_key_values=prefix)
-
-
-@pytest.mark.parametrize("build", [tiny.decoder, classifier])
+@each
 def test_embeddings_in_place_of_ids(build):
+    """By themselves, and behind a prefix of another dtype."""
     model = build()
-    ids = Tensor(tiny.tokens())
+    config, ids = model.config, Tensor(tiny.tokens())
     embedded = model.get_input_embeddings()(ids)
-    tiny.close(model(inputs_embeds=embedded)["logits"].asnumpy(), model(ids)["logits"].asnumpy(), 1e-6)
+    groups, width = config.get("num_key_value_heads", config.num_attention_heads), config.hidden_size
+    shape = (config.num_hidden_layers, 2, 3, groups, 5, width // config.num_attention_heads)
+    prefix = Tensor(np.random.RandomState(0).normal(size=shape).astype(np.float16))
+    past = tuple((layer[0], layer[1]) for layer in prefix)
+    alone = model(ids)["logits"].asnumpy()
+    behind = model(ids, past_key_values=past)["logits"].asnumpy()
+    assert np.abs(behind - alone).max() > 1e-2
+    tiny.close(model(inputs_embeds=embedded)["logits"].asnumpy(), alone, 1e-6)
+    tiny.close(model(inputs_embeds=embedded, past_key_values=past)["logits"].asnumpy(), behind, 1e-6)
+    with pytest.raises(ValueError, match=r"12 columns.*need"):
+        model(ids, Tensor(tiny.left_mask()), past_key_values=past)
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             model(**wrong)
@@ -122,7 +143,7 @@ def test_hidden_states_and_logits_to_keep():
     tiny.close(outputs["logits"].asnumpy(), model(Tensor(tiny.tokens()))["logits"].asnumpy()[:, -2:])
 
 
-class Doubled(nn.Cell):
+class Bent(nn.Cell):
     """Stands for an adapter's wrapper around a layer."""
 
     def __init__(self, base):
@@ -130,18 +151,24 @@ class Doubled(nn.Cell):
         self.base_layer = base
 
     def construct(self, x):
-        return self.base_layer(x) * 2.0
+        y = self.base_layer(x)
+        return y + y * y
 
 
-@pytest.mark.parametrize("path", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-def test_every_projection_can_be_replaced(path):
-    model = tiny.decoder()
-    before = model(Tensor(tiny.tokens()))["logits"].asnumpy()
-    layer = model.model.layers[1]
-    parent = layer.mlp if path in layer.mlp._cells else layer.self_attn
-    parent._cells[path] = Doubled(parent._cells[path])
-    after = model(Tensor(tiny.tokens()))["logits"].asnumpy()
-    assert np.abs(after - before).max() > 1e-2
+@each
+def test_every_projection_can_be_replaced(build):
+    model = build()
+    ids = Tensor(tiny.tokens())
+    before = model(ids)["logits"].asnumpy()
+    found = [path for path, cell in model.cells_and_names() if isinstance(cell, nn.Dense | Conv1D | Embedding)]
+    assert len(found) >= 8
+    for path in found:
+        owner, _, name = path.rpartition(".")
+        parent = model.get_sub_cell(owner) if owner else model
+        layer = parent._cells[name]
+        parent._cells[name] = Bent(layer)
+        assert np.abs(model(ids)["logits"].asnumpy() - before).max() > 1e-3, path
+        parent._cells[name] = layer
 
 
 def test_names_are_unique_and_those_of_hf():
@@ -300,6 +327,66 @@ def test_attention_gradient_is_that_of_softmax():
 def test_unknown_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny.decoder("llama", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("gpt2", {"activation_function": "quick"}, "'quick' is not built"),
+        ("opt", {"layerdrop": 0.1}, r"layerdrop=0\.1"),
+    ],
+)
+def test_what_decoders_are_not_built_for_is_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.decoder(name, **settings)
+
+
+def test_gpt2_has_no_cross_attention():
+    with pytest.raises(ValueError, match="add_cross_attention=True"):
+        models.GPT2Model(models.GPT2Config(add_cross_attention=True, n_layer=1))
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    np.testing.assert_array_equal(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(alibi_slopes(16), [2.0 ** (-i / 2) for i in range(1, 17)], rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3], rtol=1e-6)
+
+
+def test_roberta_counts_positions_from_its_padding():
+    model = classifier("roberta")
+    ids = tiny.tokens()
+    ids[0, :3] = ids[1, 5] = ids[2, 9:] = 1
+    expected = np.where(ids == 1, 1, np.cumsum(ids != 1, 1) + 1 + 4)
+    np.testing.assert_array_equal(model.roberta.positions(Tensor(ids), 4, 16).asnumpy(), expected)
+    given = model(Tensor(ids), position_ids=Tensor((np.cumsum(ids != 1, 1) * (ids != 1) + 1).astype(np.int32)))
+    tiny.close(model(Tensor(ids))["logits"].asnumpy(), given["logits"].asnumpy(), 1e-6)
+    with pytest.raises(ValueError, match="pad_token_id, which is None"):
+        classifier("roberta", pad_token_id=None)
+
+
+def test_aliases_of_a_config_stand_for_its_own_names():
+    config = models.GPT2Config(hidden_size=32, n_head=2)
+    assert (config.n_embd, config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (32, 32, 2, 12)
+    config.num_hidden_layers = 3
+    assert (config.n_layer, config.get("num_key_value_heads")) == (3, None)
+    assert not {"hidden_size", "num_hidden_layers"} & set(config.to_dict())
+    assert models.BloomConfig(n_embed=48).hidden_size == 48
+    assert models.OPTConfig(hidden_size=48).word_embed_proj_dim == 48
+    with pytest.raises(AttributeError, match="GPT2Config has no setting 'invented'"):
+        _ = config.invented
+
+
+def test_opt_without_biases_and_weights_of_norms():
+    """Galactica's kind of OPT."""
+    plain = tiny.decoder("opt", enable_bias=False, layer_norm_elementwise_affine=False)
+    assert all(p.ndim == 2 for p in plain.get_parameters())
+    full = tiny.decoder("opt")
+    for name, p in full.parameters_and_names():
+        p.set_data(
+            dict(plain.parameters_and_names()).get(name, Tensor(np.full(p.shape, "norm.w" in name, np.float32)))
+        )
+    ids = Tensor(tiny.tokens())
+    tiny.close(plain(ids)["logits"].asnumpy(), full(ids)["logits"].asnumpy(), 1e-6)
 
 
 def test_bert_refuses_what_it_is_not():
