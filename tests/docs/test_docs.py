@@ -13,7 +13,7 @@ from msft_peft.models import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "README_CN.md"]
-PAGES += [f"docs/{name}.md" for name in ("training", "variants", "initialisation", "combining", "state")]
+PAGES += [f"docs/{name}.md" for name in ("models", "training", "variants", "initialisation", "combining", "state")]
 
 
 @pytest.mark.parametrize("page", PAGES)
