@@ -6,6 +6,7 @@ from msft_peft.models.auto import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -30,10 +31,12 @@ from msft_peft.models.config import (
     LlamaConfig,
     MistralConfig,
     ModelConfig,
+    MT5Config,
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    T5Config,
 )
 from msft_peft.models.gpt2 import (
     GPT2ForQuestionAnswering,
@@ -74,6 +77,20 @@ from msft_peft.models.roberta import (
     RobertaForTokenClassification,
     RobertaModel,
 )
+from msft_peft.models.t5 import (
+    MT5EncoderModel,
+    MT5ForConditionalGeneration,
+    MT5ForQuestionAnswering,
+    MT5ForSequenceClassification,
+    MT5ForTokenClassification,
+    MT5Model,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+    T5ForTokenClassification,
+    T5Model,
+)
 
 __all__ = [
     "AutoConfig",
@@ -81,6 +98,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
     "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "BertConfig",
@@ -108,6 +126,13 @@ __all__ = [
     "LlamaForTokenClassification",
     "LlamaModel",
     "LossOnly",
+    "MT5Config",
+    "MT5EncoderModel",
+    "MT5ForConditionalGeneration",
+    "MT5ForQuestionAnswering",
+    "MT5ForSequenceClassification",
+    "MT5ForTokenClassification",
+    "MT5Model",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralForQuestionAnswering",
@@ -139,4 +164,11 @@ __all__ = [
     "RobertaForSequenceClassification",
     "RobertaForTokenClassification",
     "RobertaModel",
+    "T5Config",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5ForQuestionAnswering",
+    "T5ForSequenceClassification",
+    "T5ForTokenClassification",
+    "T5Model",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-from msft_peft.models import bert, bloom, gpt2, llama, opt, roberta
+from msft_peft.models import bert, bloom, gpt2, llama, opt, roberta, t5
 from msft_peft.models.checkpoint import CONFIG_FILE, resolve_folder
 from msft_peft.models.config import CONFIG_CLASSES, ModelConfig
 from msft_peft.models.pretrained import PreTrainedModel
@@ -74,6 +74,8 @@ class AutoModel(_AutoModel):
         bloom.BloomModel,
         bert.BertModel,
         roberta.RobertaModel,
+        t5.T5Model,
+        t5.MT5Model,
     )
 
 
@@ -104,6 +106,8 @@ class AutoModelForSequenceClassification(_AutoModel):
         bloom.BloomForSequenceClassification,
         bert.BertForSequenceClassification,
         roberta.RobertaForSequenceClassification,
+        t5.T5ForSequenceClassification,
+        t5.MT5ForSequenceClassification,
     )
 
 
@@ -119,6 +123,8 @@ class AutoModelForTokenClassification(_AutoModel):
         bloom.BloomForTokenClassification,
         bert.BertForTokenClassification,
         roberta.RobertaForTokenClassification,
+        t5.T5ForTokenClassification,
+        t5.MT5ForTokenClassification,
     )
 
 
@@ -135,6 +141,8 @@ class AutoModelForQuestionAnswering(_AutoModel):
         bloom.BloomForQuestionAnswering,
         bert.BertForQuestionAnswering,
         roberta.RobertaForQuestionAnswering,
+        t5.T5ForQuestionAnswering,
+        t5.MT5ForQuestionAnswering,
     )
 
 
@@ -142,3 +150,9 @@ class AutoModelForMaskedLM(_AutoModel):
     """The model that scores the token behind a mask."""
 
     classes = (bert.BertForMaskedLM, roberta.RobertaForMaskedLM)
+
+
+class AutoModelForSeq2SeqLM(_AutoModel):
+    """The encoder-decoder that scores the next token."""
+
+    classes = (t5.T5ForConditionalGeneration, t5.MT5ForConditionalGeneration)

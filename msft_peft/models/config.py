@@ -407,6 +407,70 @@ class BloomConfig(ModelConfig):
     }
 
 
+class T5Config(ModelConfig):
+    """T5 (Raffel et al. 2019, arXiv:1910.10683); version 1.1 has `feed_forward_proj` "gated-gelu" and untied scores.
+
+    HF's other names for `d_model`, `d_kv`, `num_heads` and `num_layers` read the same settings.
+    """
+
+    num_decoder_layers: int
+
+    model_type = "t5"
+    aliases: ClassVar = {
+        "head_dim": "d_kv",
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    }
+    defaults: ClassVar = {
+        "classifier_dropout": 0.0,
+        "d_ff": 2048,
+        "d_kv": 64,
+        "d_model": 512,
+        "decoder_start_token_id": None,
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "feed_forward_proj": "relu",
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 1e-6,
+        "num_decoder_layers": None,
+        "num_heads": 8,
+        "num_layers": 6,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+        "vocab_size": 32128,
+    }
+
+    def _complete(self) -> None:
+        """Raise a ValueError for a `feed_forward_proj` that is neither an activation nor a gated one."""
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
+        kind, dash, self.dense_act_fn = self.feed_forward_proj.rpartition("-")
+        self.is_gated_act = kind == "gated"
+        if dash and not self.is_gated_act:
+            raise ValueError(f"feed_forward_proj is '{self.feed_forward_proj}', not '<activation>' or 'gated-<...>'.")
+        if self.feed_forward_proj == "gated-gelu":
+            self.dense_act_fn = "gelu_new"  # what the checkpoints that say "gelu" were trained with
+
+
+class MT5Config(T5Config):
+    """mT5 (Xue et al. 2020, arXiv:2010.11934): T5 1.1 with a vocabulary for 101 languages."""
+
+    model_type = "mt5"
+    defaults: ClassVar = {
+        **T5Config.defaults,
+        "d_ff": 1024,
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "gated-gelu",
+        "num_heads": 6,
+        "num_layers": 8,
+        "tie_word_embeddings": False,
+        "vocab_size": 250112,
+    }
+
+
 _FAMILIES = (
     LlamaConfig,
     MistralConfig,
@@ -417,6 +481,8 @@ _FAMILIES = (
     BloomConfig,
     BertConfig,
     RobertaConfig,
+    T5Config,
+    MT5Config,
 )
 CONFIG_CLASSES = {family.model_type: family for family in _FAMILIES}
 

@@ -206,14 +206,13 @@ def _under(name: str, head: str) -> bool:
     return name == head or name.startswith(head + ".") or f".{head}." in name
 
 
-def _all_paths(model: nn.Cell) -> dict[str, Parameter]:
-    """Map every path at which a Parameter stands to it; a tied one stands at several."""
-    return {
-        f"{path}.{name}" if path else name: parameter
-        for path, cell in model.cells_and_names()
-        for name, parameter in cell._params.items()
-        if parameter is not None
-    }
+def _all_paths(cell: nn.Cell, prefix: str = "") -> dict[str, Parameter]:
+    """Map every path at which a Parameter stands to it; a tied one stands at several, as do those of a shared Cell."""
+    paths = {prefix + name: parameter for name, parameter in cell._params.items() if parameter is not None}
+    for name, child in cell._cells.items():
+        if child is not None:
+            paths.update(_all_paths(child, f"{prefix}{name}."))
+    return paths
 
 
 def _dtype(dtype: str | ms.Type | None) -> ms.Type | None:

@@ -20,6 +20,8 @@ def hf_model(auto: str, family: str, settings: dict, folder) -> "torch.nn.Module
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.3)
+            elif family in ("t5", "mt5"):  # drawn by layer, too small or too large in a net of this size
+                p.copy_(torch.randn_like(p) * tiny.STD)
     model.save_pretrained(folder)
     return model
 
@@ -223,6 +225,130 @@ def test_transformers_reads_the_encoders_that_we_write(family, tmp_path):
     assert not any(report.values())
     expected = reference(torch.tensor(tiny.tokens()).long()).logits.detach().numpy()
     tiny.close(model(Tensor(tiny.tokens()))["logits"].asnumpy(), expected)
+
+
+T5_TASKS = {
+    "Seq2SeqLM": ({}, {"labels": np.where(tiny.tokens(3, 7) % 4, tiny.tokens(3, 7), -100)}, "logits"),
+    "SequenceClassification": ({"num_labels": 3}, {"labels": np.array([0, 2, 1])}, "logits"),
+    "TokenClassification": ({"num_labels": 3}, {"labels": tiny.tokens() % 3}, "logits"),
+    "QuestionAnswering": (
+        {},
+        {"start_positions": np.array([3, 4, 0]), "end_positions": np.array([5, 40, 2])},
+        "end_logits",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [(name, "Seq2SeqLM") for name in tiny.SEQ2SEQ] + [("t5", t) for t in T5_TASKS][1:]
+)
+def test_t5(name, task, mode, tmp_path):
+    family, settings = tiny.SEQ2SEQ[name]
+    extra, labels, key = T5_TASKS[task]
+    reference = hf_model("AutoModelFor" + task, family, {**settings, **extra}, tmp_path)
+    model = getattr(models, "AutoModelFor" + task).from_pretrained(tmp_path)
+    ids = tiny.tokens()
+    ids[:, [5, 9]] = 1  # eos, where sequences are classified
+    mask = tiny.left_mask()[:, ::-1].copy()
+    mask[:, 9] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, **labels}
+    loss, logits, gradients = tiny.loss_logits_gradients(model, batch, key)
+    hf_loss, hf_logits, hf_gradients = hf_step(reference, batch, key)
+    tiny.close(logits, hf_logits)
+    tiny.close(loss, np.float32(hf_loss), 1e-5)
+    compare_gradients(gradients, hf_gradients)
+
+
+def test_t5_without_a_head(tmp_path):
+    family, settings = tiny.SEQ2SEQ["t5"]
+    whole = hf_model("AutoModelForSeq2SeqLM", family, settings, tmp_path)
+    ids, later = tiny.tokens(), tiny.tokens(3, 5)
+    mask, later_mask = tiny.left_mask(), tiny.left_mask(3, 5) | 1
+    later_mask[0, :2] = 0
+    reference = transformers.AutoModel.from_pretrained(tmp_path)
+    expected = reference(
+        inputs_embeds=reference.shared(torch.tensor(ids).long()),
+        attention_mask=torch.tensor(mask),
+        decoder_inputs_embeds=reference.shared(torch.tensor(later).long()),
+        decoder_attention_mask=torch.tensor(later_mask),
+        output_hidden_states=True,
+    )
+    model = models.AutoModel.from_pretrained(tmp_path)
+    assert type(model) is models.T5Model
+    embed = model.get_input_embeddings()
+    outputs = model(
+        inputs_embeds=embed(Tensor(ids)),
+        attention_mask=Tensor(mask),
+        decoder_inputs_embeds=embed(Tensor(later)),
+        decoder_attention_mask=Tensor(later_mask),
+        output_hidden_states=True,
+    )
+    seen = later_mask == 1
+    tiny.close(outputs["last_hidden_state"].asnumpy()[seen], expected.last_hidden_state.detach().numpy()[seen])
+    for name in ("encoder_hidden_states", "decoder_hidden_states"):
+        assert len(outputs[name]) == len(expected[name])
+        for ours, theirs in zip(outputs[name], expected[name]):
+            if name.startswith("enc"):
+                tiny.close(ours.asnumpy()[mask == 1], theirs.detach().numpy()[mask == 1])
+    encoder = models.T5EncoderModel.from_pretrained(tmp_path)
+    encoded = encoder(Tensor(ids), Tensor(mask))["last_hidden_state"].asnumpy()
+    tiny.close(
+        encoded[mask == 1], whole.encoder(torch.tensor(ids).long(), torch.tensor(mask))[0].detach().numpy()[mask == 1]
+    )
+
+
+def test_t5_behind_a_prefix(mode, tmp_path):
+    """What HF peft's prefix tuning hands to T5: keys and values before the decoder's own, and no cross-attention."""
+    family, settings = tiny.SEQ2SEQ["t5"]
+    reference = hf_model("AutoModelForSeq2SeqLM", family, settings, tmp_path)
+    model = models.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    prefix = np.random.RandomState(5).normal(0, 1, (3, 2, 3, 3, 4, 8)).astype(np.float32)  # layers, k/v, B, N, P, D
+    past = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+    for i, (k, v) in enumerate(prefix):
+        past.self_attention_cache.update(torch.tensor(k), torch.tensor(v), i)
+    past.is_updated = dict.fromkeys(range(3), False)
+    ids, mask, later = tiny.tokens(), tiny.left_mask(), tiny.tokens(3, 5)
+    expected = (
+        reference(
+            torch.tensor(ids).long(),
+            attention_mask=torch.tensor(mask),
+            decoder_input_ids=torch.tensor(later).long(),
+            past_key_values=past,
+        )
+        .logits.detach()
+        .numpy()
+    )
+    pairs = ms.mutable(tuple((Tensor(k), Tensor(v)) for k, v in prefix))
+    given = {"attention_mask": Tensor(mask), "past_key_values": pairs}
+    tiny.close(model(Tensor(ids), decoder_input_ids=Tensor(later), **given)["logits"].asnumpy(), expected)
+    plain = model(Tensor(ids), decoder_input_ids=Tensor(later), attention_mask=Tensor(mask))["logits"].asnumpy()
+    assert np.abs(plain - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_t5_buckets_of_distances(both_ways):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    from msft_peft.models.t5 import distance_buckets
+
+    for buckets, farthest in ((32, 128), (8, 16), (16, 20), (64, 500)):
+        distance = torch.arange(-farthest - 9, farthest + 10)
+        expected = T5Attention._relative_position_bucket(distance, both_ways, buckets, farthest).numpy()
+        ours = distance_buckets(buckets, farthest, both_ways)
+        np.testing.assert_array_equal(ours[np.clip(distance.numpy(), -farthest, farthest) + farthest], expected)
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_transformers_reads_the_t5_that_we_write(name, tmp_path):
+    model = tiny.seq2seq(name)
+    model.save_pretrained(tmp_path)
+    reference, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    labels = tiny.tokens(3, 5)
+    expected = reference(torch.tensor(tiny.tokens()).long(), labels=torch.tensor(labels).long())
+    tiny.close(
+        model(Tensor(tiny.tokens()), labels=Tensor(labels))["logits"].asnumpy(), expected.logits.detach().numpy()
+    )
 
 
 @pytest.mark.parametrize("family", models.config.CONFIG_CLASSES)

@@ -68,6 +68,23 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BERT = {**_SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENCODERS: dict[str, dict[str, Any]] = {"bert": BERT, "roberta": {**BERT, "pad_token_id": 1}}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 3,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+}
+SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", {**_T5, "num_decoder_layers": 3}),
+    "t5-1.1": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": ("mt5", _T5),
+}
 
 
 def decoder(name: str = "llama3", **overrides: Any) -> models.LlamaForCausalLM:
@@ -75,6 +92,19 @@ def decoder(name: str = "llama3", **overrides: Any) -> models.LlamaForCausalLM:
     family, settings = DECODERS[name]
     config = models.AutoConfig.for_model(family, **{**settings, **overrides})
     return scatter(models.AutoModelForCausalLM.from_config(config))
+
+
+def seq2seq(name: str = "t5", **overrides: Any) -> models.T5ForConditionalGeneration:
+    """An encoder-decoder of one of `SEQ2SEQ`, its attention and MLPs made strong enough to matter."""
+    family, settings = SEQ2SEQ[name]
+    model = models.AutoModelForSeq2SeqLM.from_config(
+        models.AutoConfig.for_model(family, **{**settings, **overrides})
+    ).set_train(False)
+    for path, p in model.parameters_and_names():
+        if "block" in path and p.ndim == 2:
+            noise = np.random.RandomState(len(path)).normal(0.0, STD, p.shape)
+            p.set_data(Tensor(noise.astype(np.float32)))
+    return scatter(model)
 
 
 def scatter(model: Any) -> Any:
