@@ -45,6 +45,16 @@ ENCODER = {key: DECODER[key] for key in list(DECODER)[:5]} | {
     "attention_probs_dropout_prob": 0.0,
     "attn_implementation": "eager",
 }
+SEQ2SEQ = {
+    "vocab_size": 30,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 20,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
 
 
 ROBERTA = ENCODER | {"pad_token_id": 0}
@@ -94,6 +104,10 @@ def bert(head: str, **lora: Any) -> Model:
 
 def other(kind: str, settings: dict, **lora: Any) -> Model:
     return Model(kind, settings | {"num_labels": 2 if kind.endswith("Answering") else 3}, {"r": 3} | lora)
+
+
+def seq2seq(kind: str, settings: dict | None = None, **lora: Any) -> Model:
+    return Model(kind + "ForConditionalGeneration", SEQ2SEQ | (settings or {}), {"task_type": "SEQ_2_SEQ_LM"} | lora)
 
 
 EMBEDDINGS = "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`."
@@ -153,6 +167,8 @@ MODELS = {
     "roberta_qa": other("RobertaForQuestionAnswering", ROBERTA, task_type="QUESTION_ANS"),
     "roberta_masked": other("RobertaForMaskedLM", ROBERTA),
     "bert_plain": bert("SequenceClassification", target_modules=["query", "key"], modules_to_save=["classifier"]),
+    "t5": seq2seq("T5"),
+    "mt5": seq2seq("MT5", {"num_layers": 1}, target_modules="all-linear", r=2),
 }
 COMPILED = [
     "llama_tokens",
@@ -167,7 +183,7 @@ COMPILED = [
     "qwen3",
     "llama_seq_cls",
 ]
-COMPILED += ["bert_seq_cls", "bert_token_cls", "bert_qa"]
+COMPILED += ["bert_seq_cls", "bert_token_cls", "bert_qa", "t5"]
 COMPILED += ["gpt2", "gpt2_token_cls", "opt_350m", "bloom_qa", "roberta_seq_cls"]
 each_model = pytest.mark.parametrize("name", list(MODELS))
 
