@@ -1,16 +1,47 @@
-"""Text generation with a key/value cache of fixed size, greedy or by sampling."""
+"""Text generation with a key/value cache of fixed size: greedy, by sampling, by beam search."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
+from tqdm import tqdm
 
+from msft_peft.models.generation_config import GenerationConfig
 from msft_peft.models.pretrained import PreTrainedModel
+from msft_peft.models.search import Beams, Sampling, rearranged
 
 _BUCKET = 64  # in graph mode prompts and caches are lengthened to multiples of this: few shapes, few compilations
+
+
+@dataclass
+class _Start:
+    """What the loop begins with: the model has read the prompts.
+
+    Attributes:
+        tokens: (B, t), the result so far; t may be 0.
+        scores: (B, V), of the first new token.
+        cache: keys and values of the S slots that are filled.
+        real: (B, S), 1 at slots that hold a real token.
+        new: how many tokens may be added.
+        names: what the model calls the ids and the mask of its new tokens.
+        fixed: arguments of every step, with the batch as their first axis.
+        has_positions: whether a step is also told the position of its token.
+    """
+
+    tokens: np.ndarray
+    scores: np.ndarray
+    cache: tuple
+    real: np.ndarray
+    new: int
+    names: tuple[str, str] = ("input_ids", "attention_mask")
+    fixed: dict[str, np.ndarray] = field(default_factory=dict)
+    has_positions: bool = True
 
 
 class GenerativeModel(PreTrainedModel):
@@ -27,16 +58,9 @@ class GenerativeModel(PreTrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         past_key_values: tuple[tuple[Tensor, Tensor], ...] | None = None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        eos_token_id: int | Iterable[int] | None = None,
-        pad_token_id: int | None = None,
-        seed: int | None = None,
+        generation_config: Any = None,
+        show_progress: bool = False,
+        **options: Any,
     ) -> Tensor:
         """Continue each prompt until an eos token ends it or it is long enough.
 
@@ -46,129 +70,210 @@ class GenerativeModel(PreTrainedModel):
                 `past_key_values` these count as real. Default: all are real.
             inputs_embeds: (B, T, H), in place of the embeddings of `input_ids`, such as soft prompts.
             past_key_values: a prefix of P keys and values for each layer, which stands before the prompt.
-            max_new_tokens: how many tokens to add at most; default 20 if there is no `max_length` either.
-            max_length: how long prompt and continuation may be; `max_new_tokens` goes first.
-            do_sample: draw the tokens; otherwise take the most probable ones, whatever the next three arguments say.
-            temperature: the scores are divided by it.
-            top_k: draw from so many of the most probable tokens; 0 for all.
-            top_p: draw from the fewest tokens that together have this probability (Holtzman et al. 2020,
-                arXiv:1904.09751).
-            repetition_penalty: above 1 makes tokens that already occur less probable (Keskar et al. 2019,
-                arXiv:1909.05858, §4.1).
-            eos_token_id: the token, or any of the tokens, that ends a text; default: the config's.
-            pad_token_id: what follows the end in the result; default: the config's, or the first eos token.
-            seed: makes the draws repeat; default: they follow `mindspore.set_seed`.
+            generation_config: options, as a dict or an object with `to_dict()`, such as HF's GenerationConfig.
+            show_progress: show a bar that counts the tokens.
+            options: see `GenerationConfig`; they win over `generation_config`.
 
         Returns:
-            (B, T + new), int64: prompts and continuations; (B, new) if only `inputs_embeds` were given.
+            (B·R, T + new), int64: R continuations of each prompt, one after another, with the prompt before them,
+            R = `num_return_sequences`; (B·R, new) if only `inputs_embeds` were given.
 
         Raises:
+            TypeError: options that do not exist.
             ValueError: no prompt, a prompt padded on the right, a mask of another length, or an option out of range.
+            NotImplementedError: an option of HF's that is not built.
         """
-        choose = _Chooser(do_sample, temperature, top_k, top_p, repetition_penalty, seed)
-        ends = _as_list(self.config.eos_token_id if eos_token_id is None else eos_token_id)
-        pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
-        pad = pad if pad is not None else (ends[0] if ends else 0)
+        config = GenerationConfig.of(self.config, generation_config, options)
         prefix = 0 if past_key_values is None else past_key_values[0][0].shape[2]
         tokens, prompt, real = _read_prompt(input_ids, inputs_embeds, attention_mask, prefix)
-        new = _count_new(max_new_tokens, max_length, prompt.shape[1])
-
-        filled = prefix + prompt.shape[1]
-        size = filled + new
+        new = config.count_new(prompt.shape[1])
         if ms.get_context("mode") == ms.GRAPH_MODE and not (prefix and self.base_model.window):
             extra = -prompt.shape[1] % _BUCKET  # stands before the prompt: a window reaches over it, but to no prefix
             prompt = np.pad(prompt, [(0, 0), (extra, 0)] + [(0, 0)] * (prompt.ndim - 2))
             real = np.insert(real, [prefix] * extra, 0, axis=1)
-            filled += extra
-            size = filled + new + -(filled + new) % _BUCKET
+        with _evaluating(self):
+            outputs = self(
+                **{"input_ids" if inputs_embeds is None else "inputs_embeds": Tensor(prompt)},
+                attention_mask=Tensor(real),
+                position_ids=Tensor(np.maximum(real.cumsum(-1, dtype=np.int32) - 1, 0)[:, prefix:]),
+                past_key_values=None if past_key_values is None else ms.mutable(past_key_values),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            start = _Start(tokens, outputs["logits"].asnumpy()[:, -1], outputs["past_key_values"], real, new)
+            return self._continue(start, config, show_progress)
 
-        was_training = self.training
-        if was_training:  # not otherwise: it would forget a phase that a caller has set
-            self.set_train(False)
-        try:
-            step = {
-                "input_ids" if inputs_embeds is None else "inputs_embeds": Tensor(prompt),
-                "attention_mask": Tensor(real),
-                "position_ids": Tensor(np.maximum(real.cumsum(-1, dtype=np.int32) - 1, 0)[:, prefix:]),
-                "past_key_values": None if past_key_values is None else ms.mutable(past_key_values),
-                "logits_to_keep": 1,
-            }
-            outputs = self(use_cache=True, **step)
-            cache = _lengthened(outputs["past_key_values"], size)
-            real = np.pad(real, [(0, 0), (0, size - filled)])
-            done = np.zeros(len(real), dtype=bool)
-            for slot in range(filled, filled + new):
-                picked = np.where(done, pad, choose(outputs["logits"].asnumpy()[:, -1], tokens))[:, None]
-                tokens = np.concatenate([tokens, picked], axis=1)
-                done |= np.isin(picked[:, 0], ends)
-                if done.all() or slot == filled + new - 1:
-                    break
-                position = real.sum(-1, keepdims=True, dtype=np.int32)
-                real[:, slot] = 1
-                outputs = self(
-                    input_ids=Tensor(picked.astype(np.int32)),
-                    attention_mask=Tensor(real),
-                    position_ids=Tensor(position),
-                    past_key_values=ms.mutable(cache),  # else a graph takes the tensors as constants, anew each time
-                    use_cache=True,
-                    cache_position=Tensor(np.array([slot], dtype=np.int32)),
-                )
-                cache = outputs["past_key_values"]
-        finally:
-            if was_training:
-                self.set_train(True)
-        return Tensor(tokens)
-
-
-class _Chooser:
-    """Picks the next token of each text from its scores, in numpy: a compiled graph would draw the same each time."""
-
-    def __init__(
-        self, do_sample: bool, temperature: float, top_k: int, top_p: float, penalty: float, seed: int | None
-    ):
-        for name, value, good, want in (
-            ("temperature", temperature, temperature > 0, "> 0 (for the most probable token: do_sample=False)"),
-            ("top_k", top_k, top_k is None or top_k >= 0, ">= 0"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
-            ("repetition_penalty", penalty, penalty > 0, "> 0"),
-        ):
-            if not good:
-                raise ValueError(f"generate: {name}={value} should be {want}.")
-        self.do_sample, self.temperature, self.penalty = do_sample, temperature, penalty
-        self.top_k, self.top_p = top_k or 0, 1.0 if top_p is None else top_p
-        self.random = np.random if seed is None else np.random.RandomState(seed)
-
-    def __call__(self, scores: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Pick (B,) from `scores` (B, V), given all `tokens` (B, t) so far."""
-        scores = scores.astype(np.float32)
-        if self.penalty != 1.0:
-            seen = np.take_along_axis(scores, tokens, axis=1)
-            seen = np.where(seen < 0, seen * self.penalty, seen / self.penalty)
-            np.put_along_axis(scores, tokens, seen, axis=1)
-        if not self.do_sample:
-            return scores.argmax(-1)
-        order = np.argsort(-scores, axis=-1, kind="stable")
-        scores = np.take_along_axis(scores, order, axis=1).astype(np.float64) / self.temperature
-        if self.top_k:
-            scores = scores[:, : self.top_k]
-        weights = np.exp(scores - scores[:, :1])
-        weights /= weights.sum(-1, keepdims=True)
-        before = np.cumsum(weights, axis=-1) - weights  # the probability of all more probable tokens
-        weights = np.where(before < self.top_p, weights, 0.0)
-        edges = np.cumsum(weights, axis=-1)
-        drawn = self.random.random_sample((len(scores), 1)) * edges[:, -1:]
-        rank = np.minimum((edges <= drawn).sum(-1), np.count_nonzero(weights, axis=-1) - 1)
-        return order[np.arange(len(order)), rank]
+    def _continue(self, start: _Start, config: GenerationConfig, show_progress: bool) -> Tensor:
+        """Add tokens to the prompts of `start`, one a step, and return the texts."""
+        search = (Sampling if config.num_beams == 1 else Beams)(config, start.tokens, start.new)
+        scores, cache, real, fixed = start.scores, start.cache, start.real, start.fixed
+        filled = real.shape[1]
+        size = filled + start.new
+        if ms.get_context("mode") == ms.GRAPH_MODE:
+            size += -size % _BUCKET
+        if config.rows > 1:
+            rows = np.repeat(np.arange(len(real)), config.rows)
+            cache = rearranged(cache, rows, all_parts=True)
+            scores, real, fixed = scores[rows], real[rows], {name: value[rows] for name, value in fixed.items()}
+        cache = _lengthened(cache, size)
+        real = np.pad(real, [(0, 0), (0, size - filled)])
+        given: dict[str, Any] = {name: Tensor(value) for name, value in fixed.items()}
+        position = real.sum(-1, keepdims=True, dtype=np.int32)
+        for slot in tqdm(range(filled, filled + start.new), desc="Generating", disable=not show_progress):
+            if search.advance(scores):
+                break
+            if search.parents is not None:
+                cache = rearranged(cache, search.parents)
+            real[:, slot] = 1
+            if start.has_positions:
+                given["position_ids"] = Tensor(position)
+                position = position + 1
+            outputs = self(
+                **{start.names[0]: Tensor(search.tokens.astype(np.int32)), start.names[1]: Tensor(real)},
+                **given,
+                past_key_values=ms.mutable(cache),  # else a graph takes the tensors as constants, anew each time
+                use_cache=True,
+                cache_position=Tensor(np.array([slot], dtype=np.int32)),
+            )
+            scores, cache = outputs["logits"].asnumpy()[:, -1], outputs["past_key_values"]
+        return Tensor(search.result())
 
 
-def _as_list(token: int | Iterable[int] | None) -> list[int]:
-    if token is None:
-        return []
-    return [token] if isinstance(token, int) else [int(one) for one in token]
+class Seq2SeqModel(GenerativeModel):
+    """An encoder-decoder with scores over the vocabulary that can `generate`.
+
+    The encoder runs once, and so do the projections of its states to the keys and values of cross-attention.
+    """
+
+    def get_encoder(self) -> nn.Cell:
+        """Return the encoder."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        input_ids: Tensor | np.ndarray | None = None,
+        attention_mask: Tensor | np.ndarray | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        encoder_outputs: Any = None,
+        decoder_input_ids: Tensor | np.ndarray | None = None,
+        decoder_attention_mask: Tensor | np.ndarray | None = None,
+        past_key_values: tuple[tuple[Tensor, Tensor], ...] | None = None,
+        generation_config: Any = None,
+        show_progress: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """Write a text for each input until an eos token ends it or it is long enough.
+
+        Args:
+            input_ids: (B, S), what the encoder reads, padded on either side.
+            attention_mask: (B, S), nonzero at the encoder's real tokens. Default: all are real.
+            inputs_embeds: (B, S, H), in place of `input_ids`.
+            encoder_outputs: what the encoder returned earlier, in place of both.
+            decoder_input_ids: (B, T), what the texts begin with, padded on the left; default: the start token. Where
+                it is not there, it is put first.
+            decoder_attention_mask: (B, T) or (B, P + T), nonzero at real tokens. Default: all are real.
+            past_key_values: a prefix of P keys and values for each layer of the decoder, before its tokens.
+            generation_config: options, as a dict or an object with `to_dict()`, such as HF's GenerationConfig.
+            show_progress: show a bar that counts the tokens.
+            options: see `GenerationConfig`; they win over `generation_config`.
+
+        Returns:
+            (B·R, T + new), int64: R = `num_return_sequences` texts for each input, with the decoder's first tokens.
+
+        Raises:
+            TypeError: options that do not exist.
+            ValueError: no input, no start token, a mask of another length, or an option out of range.
+            NotImplementedError: an option of HF's that is not built.
+        """
+        config = GenerationConfig.of(self.config, generation_config, options)
+        if input_ids is None and inputs_embeds is None and encoder_outputs is None:
+            raise ValueError("generate needs input_ids (B, S), inputs_embeds (B, S, H) or encoder_outputs.")
+        name, source = "input_ids", input_ids
+        if encoder_outputs is not None:
+            name, source = "encoder_outputs", _last_state(encoder_outputs)
+        elif inputs_embeds is not None:
+            name, source = "inputs_embeds", inputs_embeds
+        source = _as_array(source)
+        source = source.astype(np.int32) if source.ndim == 2 else source
+        seen = _read_mask(attention_mask, source.shape[:2], "attention_mask")
+        if ms.get_context("mode") == ms.GRAPH_MODE:
+            extra = -source.shape[1] % _BUCKET
+            source = np.pad(source, [(0, 0), (0, extra)] + [(0, 0)] * (source.ndim - 2))
+            seen = np.pad(seen, [(0, 0), (0, extra)])
+
+        first, first_mask = self._first_tokens(decoder_input_ids, decoder_attention_mask, config, len(source))
+        prefix = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        tokens, prompt, real = _read_prompt(first, None, first_mask, prefix)
+        new = config.count_new(prompt.shape[1])
+        with _evaluating(self):
+            outputs = self(
+                **{name: Tensor(source)},
+                attention_mask=Tensor(seen),
+                decoder_input_ids=Tensor(prompt),
+                decoder_attention_mask=Tensor(real),
+                past_key_values=None if past_key_values is None else ms.mutable(past_key_values),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            scores, cache = outputs["logits"].asnumpy()[:, -1], outputs["past_key_values"]
+            names = ("decoder_input_ids", "decoder_attention_mask")
+            start = _Start(tokens, scores, cache, real, new, names, {"attention_mask": seen}, has_positions=False)
+            return self._continue(start, config, show_progress)
+
+    def _first_tokens(
+        self, given: Tensor | np.ndarray | None, mask: Tensor | np.ndarray | None, config: GenerationConfig, batch: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the decoder's first tokens (B, T), the start token before all others, and their mask."""
+        start = config.decoder_start_token_id
+        start = self.config.bos_token_id if start is None else start
+        if given is not None:
+            first = _as_array(given)
+            if start is None or (first[:, 0] == start).any():
+                return first, None if mask is None else _as_array(mask)
+            mask = None if mask is None else np.pad(_as_array(mask), [(0, 0), (1, 0)], constant_values=1)
+            return np.pad(first, [(0, 0), (1, 0)], constant_values=start), mask
+        if start is None:
+            raise ValueError(
+                "generate does not know what to begin with: set model.config.decoder_start_token_id, or pass "
+                "decoder_start_token_id or decoder_input_ids."
+            )
+        return np.full((batch, 1), start), None if mask is None else _as_array(mask)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Cell) -> Iterator[None]:
+    """Inside the block the model is not in training mode."""
+    was_training = model.training
+    if was_training:  # not otherwise: it would forget a phase that a caller has set
+        model.set_train(False)
+    try:
+        yield
+    finally:
+        if was_training:
+            model.set_train(True)
 
 
 def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
     return values.asnumpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _last_state(encoder_outputs: Any) -> Tensor:
+    """The encoder's last state, from its dict, from a tuple, or itself."""
+    if isinstance(encoder_outputs, dict):
+        return encoder_outputs["last_hidden_state"]
+    return encoder_outputs[0] if isinstance(encoder_outputs, (tuple, list)) else encoder_outputs
+
+
+def _read_mask(given: Tensor | np.ndarray | None, shape: tuple[int, ...], name: str, prefix: int = 0) -> np.ndarray:
+    """Return the mask (B, P + T) for tokens of the `shape` (B, T), 1 at real ones; P slots of a prefix are real."""
+    real = np.ones(shape, np.int32) if given is None else (_as_array(given) != 0).astype(np.int32)
+    if real.shape == shape:
+        real = np.pad(real, [(0, 0), (prefix, 0)], constant_values=1)
+    wanted = (shape[0], prefix + shape[1])
+    if real.shape != wanted:
+        raise ValueError(f"generate: {name} has the shape {real.shape}, but prompt and prefix need {wanted}.")
+    return real
 
 
 def _read_prompt(
@@ -183,33 +288,14 @@ def _read_prompt(
     prompt = _as_array(input_ids).astype(np.int32) if inputs_embeds is None else _as_array(inputs_embeds)
     batch, t = prompt.shape[:2]
     tokens = np.zeros((batch, 0), np.int64) if input_ids is None else _as_array(input_ids).astype(np.int64)
-    if attention_mask is None:
-        real = np.ones((batch, t), np.int32)
-    else:
-        real = (_as_array(attention_mask) != 0).astype(np.int32)
-    if real.shape == (batch, t):
-        real = np.pad(real, [(0, 0), (prefix, 0)], constant_values=1)
-    if real.shape != (batch, prefix + t):
-        raise ValueError(
-            f"generate: attention_mask has the shape {real.shape}, but prompt and prefix need {(batch, prefix + t)}."
-        )
+    real = _read_mask(attention_mask, (batch, t), "attention_mask", prefix)
     if not real[:, -1].all():
         raise ValueError("generate: the prompt is padded on the right; pad it on the left (padding_side='left').")
     return tokens, prompt, real
 
 
-def _count_new(max_new_tokens: int | None, max_length: int | None, prompt: int) -> int:
-    if max_new_tokens is None:
-        max_new_tokens = 20 if max_length is None else max_length - prompt
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"generate would add {max_new_tokens} tokens to a prompt of {prompt}: raise max_length or max_new_tokens."
-        )
-    return max_new_tokens
-
-
-def _lengthened(cache: tuple[tuple[Tensor, Tensor], ...], size: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Append empty slots to keys and values (B, K, S, D) until there are `size`."""
+def _lengthened(cache: tuple, size: int) -> tuple:
+    """Append empty slots to the decoder's own keys and values (B, K, S, D) until there are `size`."""
     b, heads, filled, d = cache[0][0].shape
     empty = ops.zeros((b, heads, size - filled, d), cache[0][0].dtype)
-    return tuple((ops.cat((k, empty), 2), ops.cat((v, empty), 2)) for k, v in cache)
+    return tuple((ops.cat((k, empty), 2), ops.cat((v, empty), 2), *cross) for k, v, *cross in cache)

@@ -29,7 +29,7 @@ from mindspore import Tensor, nn, ops
 
 from msft_peft.models.attention import attend, causal_mask, padding_mask, remember
 from msft_peft.models.config import MT5Config, T5Config
-from msft_peft.models.generation import GenerativeModel
+from msft_peft.models.generation import Seq2SeqModel
 from msft_peft.models.layers import Embedding, RMSNorm, activation, linear, tanh
 from msft_peft.models.losses import IGNORE, answer_loss, classification_loss, cross_entropy
 from msft_peft.models.pretrained import PreTrainedModel
@@ -458,7 +458,7 @@ class T5EncoderModel(T5PreTrainedModel):
         )
 
 
-class T5ForConditionalGeneration(T5PreTrainedModel, GenerativeModel):
+class T5ForConditionalGeneration(T5PreTrainedModel, Seq2SeqModel):
     """Encoder and decoder with scores over the vocabulary."""
 
     def __init__(self, config: T5Config):
