@@ -95,13 +95,13 @@ def decoder(name: str = "llama3", **overrides: Any) -> models.LlamaForCausalLM:
 
 
 def seq2seq(name: str = "t5", **overrides: Any) -> models.T5ForConditionalGeneration:
-    """An encoder-decoder of one of `SEQ2SEQ`, its attention and MLPs made strong enough to matter."""
+    """An encoder-decoder of one of `SEQ2SEQ`, with weights of one size: its own would be too small or too large."""
     family, settings = SEQ2SEQ[name]
     model = models.AutoModelForSeq2SeqLM.from_config(
         models.AutoConfig.for_model(family, **{**settings, **overrides})
     ).set_train(False)
     for path, p in model.parameters_and_names():
-        if "block" in path and p.ndim == 2:
+        if p.ndim == 2:
             noise = np.random.RandomState(len(path)).normal(0.0, STD, p.shape)
             p.set_data(Tensor(noise.astype(np.float32)))
     return scatter(model)
