@@ -2,9 +2,13 @@
 
 import argparse
 
-from benchmarks import lora_step, many_adapters
+from benchmarks import generation, lora_step, many_adapters
 
-MEASUREMENTS = {"lora_step": lora_step.main, "many_adapters": many_adapters.main}
+MEASUREMENTS = {
+    "lora_step": lora_step.main,
+    "many_adapters": many_adapters.main,
+    "generation": generation.main,
+}
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
 parser.add_argument("name", nargs="?", choices=sorted(MEASUREMENTS), help="which; all by default")

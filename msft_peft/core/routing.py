@@ -67,6 +67,16 @@ class Routing:
         rest = ops.zeros((MOST_ROWS - tokens_left.shape[0],), ms.int32)
         return ops.depend(x, ops.assign(self._starts, ops.concat((tokens_left, rest), 0)))
 
+    def repeat(self, rows: int, times: int) -> None:
+        """Let each of the first `rows` rows stand for as many rows as `times` says, one after another."""
+        _require_room(rows * times)
+        for table in (self._choice, self._starts):
+            values = table.asnumpy().copy()
+            values[: rows * times] = np.repeat(values[:rows], times)
+            write(table, values)
+        if self.names:
+            self.rows = rows * times
+
     def serves(self, name: str, y: Tensor) -> Tensor:
         """(B, 1, ...), bool: the rows of y that go through the adapter `name`."""
         self._require_rows(y)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,13 +120,18 @@ class PeftModel(nn.Cell):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters in effect, or those that serve the rows."""
         base, routing = self.get_base_model(), self.base_model.routing
-        if adapter_names is not None:
-            with divided(self._roots(), adapter_names, _first_input(args, kwargs)):
-                return base.generate(*args, **kwargs)
-        if routing.invocation is not None:
-            ids = Tensor(_first_input(args, kwargs))
-            routing.start(invocations(ids, routing.invocation), ids)
-        return base.generate(*args, **kwargs)
+        if adapter_names is None and routing.invocation is None:
+            return base.generate(*args, **kwargs)
+        x = _first_input(args, kwargs)
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                stack.enter_context(divided(self._roots(), adapter_names, x))
+            else:
+                routing.start(invocations(Tensor(x), routing.invocation), Tensor(x))
+            if hasattr(base, "on_repeat"):  # one of ours: it tells when several texts continue each prompt
+                base.on_repeat = functools.partial(routing.repeat, len(x))
+                stack.callback(setattr, base, "on_repeat", None)
+            return base.generate(*args, **kwargs)
 
     def _roots(self) -> list[nn.Cell]:
         return [self, self.base_model, self.get_base_model()]

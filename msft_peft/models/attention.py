@@ -41,6 +41,8 @@ def attend(
         scores = (scores.reshape((b, n, t, s)) + mask).reshape((b, groups, n // groups * t, s))
     if dropout > 0.0:
         mixed = _mix(ops.dropout(ops.softmax(scores, -1).astype(v.dtype), dropout), v)
+    elif t == 1:  # one token: a plain product costs less than a Cell with a gradient of its own
+        mixed = _mix(ops.softmax(scores, -1).astype(v.dtype), v)
     else:
         mixed, _ = _softmax_mix(scores, v)
     return mixed.reshape((b, n, t, d)).swapaxes(1, 2).reshape((b, t, n * d))

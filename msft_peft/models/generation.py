@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,13 @@ class GenerativeModel(PreTrainedModel):
 
     The prompt runs through the model once; then each token runs alone against a cache of fixed size, so that in graph
     mode this step is compiled once. The cache lives in a call of `generate` only: nothing is left in the model.
+
+    Attributes:
+        on_repeat: called with R when each row of the batch is about to stand in it R times, for several texts of one
+            prompt.
     """
+
+    on_repeat: Callable[[int], None] | None = None
 
     def generate(
         self,
@@ -107,16 +113,18 @@ class GenerativeModel(PreTrainedModel):
         """Add tokens to the prompts of `start`, one a step, and return the texts."""
         search = (Sampling if config.num_beams == 1 else Beams)(config, start.tokens, start.new)
         scores, cache, real, fixed = start.scores, start.cache, start.real, start.fixed
-        filled = real.shape[1]
-        size = filled + start.new
-        if ms.get_context("mode") == ms.GRAPH_MODE:
-            size += -size % _BUCKET
         if config.rows > 1:
             rows = np.repeat(np.arange(len(real)), config.rows)
             cache = rearranged(cache, rows, all_parts=True)
             scores, real, fixed = scores[rows], real[rows], {name: value[rows] for name, value in fixed.items()}
-        cache = _lengthened(cache, size)
+            if self.on_repeat is not None:
+                self.on_repeat(config.rows)
+        filled = real.shape[1]
+        fixed_size = ms.get_context("mode") == ms.GRAPH_MODE  # else a cache that grows is both shorter and cheaper
+        size = filled + start.new
+        size += -size % _BUCKET
         real = np.pad(real, [(0, 0), (0, size - filled)])
+        cache = _lengthened(cache, size) if fixed_size else cache
         given: dict[str, Any] = {name: Tensor(value) for name, value in fixed.items()}
         position = real.sum(-1, keepdims=True, dtype=np.int32)
         for slot in tqdm(range(filled, filled + start.new), desc="Generating", disable=not show_progress):
@@ -128,13 +136,12 @@ class GenerativeModel(PreTrainedModel):
             if start.has_positions:
                 given["position_ids"] = Tensor(position)
                 position = position + 1
-            outputs = self(
-                **{start.names[0]: Tensor(search.tokens.astype(np.int32)), start.names[1]: Tensor(real)},
-                **given,
-                past_key_values=ms.mutable(cache),  # else a graph takes the tensors as constants, anew each time
-                use_cache=True,
-                cache_position=Tensor(np.array([slot], dtype=np.int32)),
-            )
+            if fixed_size:
+                given["cache_position"] = Tensor(np.array([slot], dtype=np.int32))
+            given[start.names[0]] = Tensor(search.tokens.astype(np.int32))
+            given[start.names[1]] = Tensor(real if fixed_size else real[:, : slot + 1])
+            cache = ms.mutable(cache)  # else a graph takes the tensors for constants, anew each time
+            outputs = self(past_key_values=cache, use_cache=True, **given)
             scores, cache = outputs["logits"].asnumpy()[:, -1], outputs["past_key_values"]
         return Tensor(search.result())
 

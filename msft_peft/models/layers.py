@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal, initializer
 
 _matmul = ops.MatMul()
 _add_row = ops.BiasAdd()
+_FEW = 16  # rows: so many are normed faster by few plain operators than by matrix products
 
 
 def linear(inputs: int, outputs: int, bias: bool, std: float) -> nn.Dense:
@@ -73,13 +74,14 @@ class LayerNorm(mint.nn.LayerNorm):
     def construct(self, input: Tensor) -> Tensor:
         """Normalise `input` (..., H)."""
         rows = input.reshape((-1, input.shape[-1])).astype(ms.float32)  # (N, H)
-        mean = _row_means(rows, self.average)  # (N, 1)
-        rows = rows - _outer(mean, ops.ones((1, rows.shape[-1]), ms.float32), self.average)
-        scale = ops.rsqrt(_row_means(rows * rows, self.average) + self.eps)  # (N, 1)
+        average = _for_rows(rows, self.average)
+        mean = _row_means(rows, average)  # (N, 1)
+        rows = rows - (mean if average is None else _outer(mean, ops.ones((1, rows.shape[-1]), ms.float32), average))
+        scale = ops.rsqrt(_row_means(ops.square(rows), average) + self.eps)  # (N, 1)
         if self.weight is None:
-            scale = _outer(scale, ops.ones((1, rows.shape[-1]), ms.float32), self.average)
+            scale = scale if average is None else _outer(scale, ops.ones((1, rows.shape[-1]), ms.float32), average)
             return (rows * scale).astype(input.dtype).reshape(input.shape)
-        rows = rows * _outer(scale, self.weight.astype(ms.float32).reshape((1, -1)), self.average)
+        rows = rows * _outer(scale, self.weight.astype(ms.float32).reshape((1, -1)), average)
         return _add_row(rows.astype(input.dtype), self.bias).reshape(input.shape)
 
 
@@ -95,8 +97,9 @@ class RMSNorm(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         """Normalise `x` (..., H)."""
         rows = x.reshape((-1, x.shape[-1])).astype(ms.float32)  # (N, H)
-        scale = ops.rsqrt(_row_means(rows * rows, self.average) + self.variance_epsilon)  # (N, 1)
-        rows = rows * _outer(scale, self.weight.astype(ms.float32).reshape((1, -1)), self.average)
+        average = _for_rows(rows, self.average)
+        scale = ops.rsqrt(_row_means(ops.square(rows), average) + self.variance_epsilon)  # (N, 1)
+        rows = rows * _outer(scale, self.weight.astype(ms.float32).reshape((1, -1)), average)
         return rows.astype(x.dtype).reshape(x.shape)
 
 
@@ -108,6 +111,11 @@ def _average(width: int) -> Tensor | None:
     """
     on_cpu = ms.get_context("device_target") == "CPU"
     return Tensor(np.full((width, 1), 1.0 / width, np.float32)) if on_cpu else None
+
+
+def _for_rows(rows: Tensor, average: Tensor | None) -> Tensor | None:
+    """The column `average`, unless `rows` (N, H) are few, as when one token at a time is generated."""
+    return None if 0 < rows.shape[0] <= _FEW else average
 
 
 def _row_means(rows: Tensor, average: Tensor | None) -> Tensor:

@@ -6,6 +6,8 @@ are brought here, (rows, V) numbers a step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -190,9 +192,9 @@ class Rearrange(nn.Cell):
 
     def construct(self, cache, rows, all_parts):
         """Pick `rows` (R,) of the first two tensors of each layer of `cache`, or of `all_parts`."""
-        picked = ()
+        picked: tuple[Any, ...] = ()
         for layer in cache:
-            parts = ()
+            parts: tuple[Any, ...] = ()
             for i in range(len(layer)):
                 parts = (*parts, ops.gather(layer[i], rows, 0) if all_parts or i < 2 else layer[i])
             picked = (*picked, parts)

@@ -458,6 +458,8 @@ def test_greedy_generation_with_what_cannot_be_merged(name, mode, checkpoints, t
         inputs = torch.tensor(ids).long()
         wanted = hf.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **settings).numpy()
     np.testing.assert_array_equal(mine.generate(ms.Tensor(ids), **settings).asnumpy(), wanted)
+    drawn = mine.generate(ms.Tensor(ids), do_sample=True, top_k=1, num_return_sequences=2, max_new_tokens=6)
+    np.testing.assert_array_equal(drawn.asnumpy(), np.repeat(wanted, 2, 0))
 
 
 def test_a_batch_divided_among_adapters(mode, checkpoints, tmp_path):
@@ -485,10 +487,15 @@ def test_a_batch_divided_among_adapters(mode, checkpoints, tmp_path):
         inputs = {"input_ids": torch.tensor(ids).long(), "adapter_names": names}
         with torch.no_grad():
             wanted = hf(**inputs)["logits"].numpy()
-            tokens = hf.generate(**inputs, attention_mask=torch.ones(4, 5), max_new_tokens=4, do_sample=False).numpy()
         same("model output", mine(ms.Tensor(ids), adapter_names=names)["logits"].asnumpy(), wanted)
-        found = mine.generate(ms.Tensor(ids), adapter_names=names, max_new_tokens=4, do_sample=False)
-        np.testing.assert_array_equal(found.asnumpy(), tokens)
+        beams = {"num_beams": 2, "pad_token_id": 3}
+        plain = ["x" if name == "z" else name for name in names]  # HF has no beams for activated adapters
+        for options, chosen in (({}, names), (beams, plain)):
+            options |= {"max_new_tokens": 4, "do_sample": False, "adapter_names": chosen}
+            with torch.no_grad():
+                mask = torch.ones(4, 5)
+                tokens = hf.generate(input_ids=inputs["input_ids"], attention_mask=mask, **options).numpy()
+            np.testing.assert_array_equal(mine.generate(ms.Tensor(ids), **options).asnumpy(), tokens)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
