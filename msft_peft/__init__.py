@@ -62,6 +62,27 @@ from msft_peft.registry import (
     get_peft_config,
     peft_types,
 )
+from msft_peft.tuners.delora import (
+    DeloraConfig,
+)
+from msft_peft.tuners.gralora import (
+    GraloraConfig,
+)
+from msft_peft.tuners.hira import (
+    HiraConfig,
+)
+from msft_peft.tuners.hra import (
+    HRAConfig,
+)
+from msft_peft.tuners.ia3 import (
+    IA3Config,
+)
+from msft_peft.tuners.loha import (
+    LoHaConfig,
+)
+from msft_peft.tuners.lokr import (
+    LoKrConfig,
+)
 from msft_peft.tuners.lora import (
     CordaConfig,
     EvaConfig,
@@ -83,6 +104,12 @@ from msft_peft.tuners.lora.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from msft_peft.tuners.miss import (
+    MissConfig,
+)
+from msft_peft.tuners.oft import (
+    OFTConfig,
+)
 
 discover(tuners)
 PeftType = peft_types()
@@ -93,7 +120,14 @@ __all__ = [
     "AdapterNameError",
     "ConfigError",
     "CordaConfig",
+    "DeloraConfig",
     "EvaConfig",
+    "GraloraConfig",
+    "HRAConfig",
+    "HiraConfig",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoadError",
     "LoadReport",
     "LoftQConfig",
@@ -102,7 +136,9 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "MergeError",
+    "MissConfig",
     "NoMatchingPeftModuleError",
+    "OFTConfig",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",

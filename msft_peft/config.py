@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from msft_peft.backend.files import fetch, write_text
 from msft_peft.errors import ConfigError, PeftWarning
@@ -45,6 +47,9 @@ class PeftConfig:
         ConfigError: `task_type` is none of `TaskType`, or a value of a yes-or-no field is neither.
     """
 
+    # Fields that HF's class of this name lacks: files hold them only where they are used.
+    beyond_hf: ClassVar[tuple[str, ...]] = ()
+
     task_type: str | TaskType | None = None
     peft_type: str | None = None
     auto_mapping: dict[str, Any] | None = None
@@ -76,7 +81,8 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data, nested configs included."""
-        return _plain(dataclasses.asdict(self))
+        fields = _plain(dataclasses.asdict(self))
+        return {name: value for name, value in fields.items() if name not in self.beyond_hf or value is not None}
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`: HF's keys, sorted, so that equal configs give equal bytes."""
@@ -220,6 +226,38 @@ class TargetedConfig(PeftConfig):
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+def check_positive(where: str, value: Any) -> None:
+    """Raise ConfigError, naming the field, if `value` is no positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {value}")
+
+
+def check_finite(where: str, value: Any) -> None:
+    """Raise ConfigError, naming the field, if `value` is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"`{where}` should be a finite number but the value passed is {value!r}")
+
+
+def check_probability(where: str, value: Any) -> None:
+    """Raise ConfigError, naming the field, if `value` is no probability below one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ConfigError(f"`{where}` is a probability in [0, 1), got {value!r}")
+
+
+def check_bias(bias: str, method: str) -> None:
+    """Raise NotImplementedError (HF's kind of error) if `bias` is none of "none", "all" and "<method>_only"."""
+    known = ("none", "all", f"{method}_only")
+    if bias not in known:
+        raise NotImplementedError(f"Requested bias: {bias}, is not implemented. There are {known}.")
+
+
+def check_patterns(where: str, patterns: Mapping[str, Any], check: Callable[[str, Any], None]) -> None:
+    """Raise ConfigError if a key is no regular expression, or `check` refuses a value."""
+    for pattern, value in patterns.items():
+        check_regex(where, pattern)
+        check(f"{where}[{pattern!r}]", value)
 
 
 def check_regex(where: str, pattern: str) -> None:

@@ -21,6 +21,7 @@ class Method:
         patches: its Patch class for each kind of layer that it can work on.
         variants: other Patch classes by kind of layer, by the name of the variant (`config.variant`).
         default_targets: usual target layers by the base model's `model_type`.
+        settle: (copied config, the base model's config) -> None: fills in what depends on the architecture.
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         merges: its weights can be folded into the base weights.
         mixed: may be active beside another method in one model.
@@ -33,6 +34,7 @@ class Method:
     patches: Mapping[str, type]
     variants: Mapping[str, Mapping[str, type]] = field(default_factory=dict)
     default_targets: Mapping[str, list[str] | str] = field(default_factory=dict)
+    settle: Callable[[Any, Mapping[str, Any]], None] | None = None
     identity_at_init: bool = True
     merges: bool = True
     mixed: bool = False

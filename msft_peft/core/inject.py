@@ -30,7 +30,7 @@ from msft_peft.core.routing import routing_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
 from msft_peft.core.tied import copies_of, say_ties, tied_embeddings
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
-from msft_peft.hosts import Site
+from msft_peft.hosts import Site, model_config
 from msft_peft.registry import method_of
 
 # Heads that task classes ask to be trained whole without knowing which of them a model has.
@@ -90,7 +90,7 @@ class Adapter:
             owner, _, leaf = named.key.rpartition(".")
             while owner.removesuffix(".base_layer") in adapted - {owner}:
                 owner = owner.removesuffix(".base_layer")
-            if leaf != "bias" or id(named.parameter) in held or (kind == "lora_only" and owner not in self.patches):
+            if leaf != "bias" or id(named.parameter) in held or (kind != "all" and owner not in self.patches):
                 continue
             if lies_inside(owner, self.modules):
                 continue  # trained as a part of the whole layer, in the copy
@@ -144,6 +144,8 @@ def prepare(
     cells = outer_cells(model) if blocks is None else blocks.seen(model)
     targets = resolve_targets(config, method, model, cells)
     config.target_modules = targets if isinstance(targets, str) else sorted(targets)
+    if method.settle is not None:
+        method.settle(config, model_config(model))
     sites = _sites(config, cells, match_targets(config, cells))
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)

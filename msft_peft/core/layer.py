@@ -91,9 +91,15 @@ class Wrapper(nn.Cell):
         self.enabled = enabled
 
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
-        for name in names:
-            for p in self.held()[name].get_parameters() if name in self.held() else ():
-                p.requires_grad = requires_grad
+        for cell in (self.held()[name] for name in names if name in self.held()):
+            fixed = {id(p) for p in fixed_in(cell)}
+            for p in cell.get_parameters():
+                p.requires_grad = requires_grad and id(p) not in fixed
+
+
+def fixed_in(cell: nn.Cell) -> list[Parameter]:
+    """The parameters that an adapter has there and never trains."""
+    return [getattr(cell, attribute) for attribute in getattr(cell, "fixed", ())]
 
 
 class TunerLayer(Wrapper):
@@ -123,7 +129,8 @@ class TunerLayer(Wrapper):
         self.views: dict[str, View] = {}
         # The weights that `residual` adapters began with: by these the base weight is short.
         self.given: dict[str, dict[str, np.ndarray]] = {}
-        self.adapting = False
+        self.adapting = self.reweighing = False
+        self.biased = site.bias is not None
         self.divide()
         inherit_mode(self, base)
 
@@ -132,13 +139,18 @@ class TunerLayer(Wrapper):
             return self._routed(x)
         if not self.adapting:
             return self.base_layer(x)
-        for name in self.active:
+        if self.reweighing:
+            return self._finished(self._reweighed(self.active, x), self.base_layer.weight.dtype)
+        # The last one acts on the layer as the others made it: its input is the first to change, its output the last.
+        inputs: tuple[Tensor, ...] = ()
+        for name in self.active[::-1]:
             x = self.adapters[name].before(x)
+            inputs = (x, *inputs)
         y = self._linear(x)
         dtype = y.dtype
-        for name in self.active:
+        for name, own in zip(self.active, inputs):
             patch = self.adapters[name]
-            adapted = patch.after(x, y)
+            adapted = patch.after(own, y)
             y = adapted if patch.invocation is None else ops.where(self.routing.invoked(y), adapted, y)
         return self._finished(y, dtype)
 
@@ -162,7 +174,7 @@ class TunerLayer(Wrapper):
             rows = self.routing.serves(name, base)
             if patch.invocation is not None:
                 rows = ops.logical_and(rows, self.routing.invoked(base))
-            y = patch.served(rows, x, base, y) if patch.additive else ops.where(rows, self._alone(patch, x), y)
+            y = patch.served(rows, x, base, y) if patch.additive else ops.where(rows, self._alone(name, x), y)
         return self._finished(y, base.dtype)
 
     def _batched(self, x: Tensor, y: Tensor) -> Tensor:
@@ -179,9 +191,21 @@ class TunerLayer(Wrapper):
         )
         return ops.add(y, ops.reshape(ops.matmul(h, _pick(ups, place, self.rank)), y.shape))
 
-    def _alone(self, patch: Patch, x: Tensor) -> Tensor:
+    def _alone(self, name: str, x: Tensor) -> Tensor:
+        patch = self.adapters[name]
+        if patch.reweighs:
+            return self._reweighed((name,), x)
         x = patch.before(x)
         return patch.after(x, self._linear(x))
+
+    def _reweighed(self, names: tuple[str, ...], x: Tensor) -> Tensor:
+        """What the layer makes of x with the weight that these adapters make of its own; the activation left out."""
+        patch = self.adapters[names[0]]
+        w, b = patch.base_weight(), self.base_layer.bias if self.biased else None
+        for name in names:
+            w, b = self.adapters[name].merged(w, b)
+        y = self.op(patch.cast(x), w)
+        return y if b is None else ops.add(y, ops.reshape(b, (-1,) + (1,) * (len(self.site.shape) - 2)))
 
     def _finished(self, y: Tensor, dtype: Any) -> Tensor:
         """The output, from the sum: in the base layer's dtype, with the activation that it fuses."""
@@ -262,6 +286,7 @@ class TunerLayer(Wrapper):
     def _switch(self) -> None:
         # One plain attribute, since it is what compiled code reads.
         self.adapting = bool(self.enabled and self.active and not self.backups)
+        self.reweighing = any(self.adapters[name].reweighs for name in self.active)
 
     # --- merging ------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """Patch: one adapter's weights and mathematics at one Site."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import Initializer, initializer
+from mindspore.common.initializer import HeUniform, Initializer, initializer
 
 from msft_peft.backend.arrays import FLOAT_DTYPES, HALF_DTYPES, to_numpy, write
 from msft_peft.config import PeftConfig
@@ -28,8 +29,10 @@ class Patch(nn.Cell):
             is given back when the adapter is taken out.
         auxiliary: it is no update of a target layer, but something beside those.
         reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
+        reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are not asked.
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
+        fixed: attributes of weights that are kept in files, but never trained.
         invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
         casts_input: inputs are cast to the dtype of its weights.
     """
@@ -38,6 +41,7 @@ class Patch(nn.Cell):
     auxiliary = False
     reads_base = False
     rides = False
+    reweighs = False
     turned = False
     # What its initialisation is called, where warnings are given of a `residual` adapter.
     title = "This adapter"
@@ -48,6 +52,7 @@ class Patch(nn.Cell):
         super().__init__()
         self.site, self.op, self.undrawn = site, site.op, low_cpu_mem_usage
         self.keys: dict[str, str] = {}
+        self.fixed: set[str] = set()
         # Half-precision adapters lose small updates, so they are kept in float32 unless told otherwise.
         halves = HALF_DTYPES if autocast else ()
         self.dtype = ms.float32 if site.dtype in halves or site.dtype not in FLOAT_DTYPES else site.dtype
@@ -58,18 +63,26 @@ class Patch(nn.Cell):
         raise NotImplementedError
 
     def weight(
-        self, key: str, shape: tuple[int, ...], init: str | Initializer | np.ndarray, attribute: str | None = None
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        init: str | Initializer | np.ndarray,
+        attribute: str | None = None,
+        fixed: bool = False,
     ) -> Parameter:
-        """A new trainable weight, under `key` in checkpoint files ("lora_A.weight").
+        """A new weight, under `key` in checkpoint files ("lora_A.weight").
 
         Args:
             key: its key below the layer's path.
             shape: in torch's layout.
             init: how to draw it, or its values.
             attribute: the attribute that holds it; by default named after the key, lora_A or lora_B_bias.
+            fixed: it is never trained.
         """
         attribute = attribute or key.removesuffix(".weight").replace(".", "_")
         self.keys[attribute] = key
+        if fixed:
+            self.fixed.add(attribute)
         if isinstance(init, np.ndarray):
             values = Tensor(init, self.dtype)
         elif self.undrawn:
@@ -77,7 +90,7 @@ class Patch(nn.Cell):
             values = Tensor(np.full(shape, np.nan, np.float32), self.dtype)
         else:
             values = initializer(init, shape, self.dtype)
-        return Parameter(values, name=attribute)
+        return Parameter(values, name=attribute, requires_grad=not fixed)
 
     def shape_of(self, attribute: str) -> tuple[int, ...]:
         """The shape of a weight in files: its own, unless it is stored padded."""
@@ -130,7 +143,7 @@ class Patch(nn.Cell):
         return x
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """What becomes of the base layer's output y for input x."""
+        """What becomes of the layer's output y for input x, which `before` has gone over."""
         return y + self.op(x, self.delta_weight())
 
     @property
@@ -188,6 +201,11 @@ class Reference:
 
     def __init__(self, patch: Any) -> None:
         self.patch = patch
+
+
+def he_uniform() -> Initializer:
+    """How torch draws the weights of a linear layer."""
+    return HeUniform(negative_slope=math.sqrt(5))
 
 
 def place_of(key: str) -> tuple[str, str]:

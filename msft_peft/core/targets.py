@@ -89,7 +89,7 @@ def match_targets(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> list[
         )
     if not kept:
         raise NoMatchingPeftModuleError(_no_match(config, cells))
-    if config.exclude_modules and not any(_names(config.exclude_modules, path) for path in cells):
+    if config.exclude_modules and not any(is_named(config.exclude_modules, path) for path in cells):
         warnings.warn(
             f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "
             "Please check that exclude_modules was set correctly.",
@@ -113,14 +113,15 @@ def _pattern_matches(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def _names(targets: Sequence[str] | str, path: str) -> bool:
+def is_named(targets: Sequence[str] | str, path: str) -> bool:
+    """Whether a path is among `targets`: matched whole by a regex, or equal to a name of a list or ending with one."""
     return re.fullmatch(targets, path) is not None if isinstance(targets, str) else matches_name(path, targets)
 
 
 def _is_wanted(config: TargetedConfig, path: str) -> bool:
     targets = config.target_modules or []
     if isinstance(targets, str) or config.layers_to_transform in (None, []) or path in targets:
-        return _names(targets, path)  # a whole path says which layer it means
+        return is_named(targets, path)  # a whole path says which layer it means
     return matches_name(path, targets) and _layer_index(config, path) in _as_list(config.layers_to_transform)
 
 
@@ -135,7 +136,7 @@ def _layer_index(config: TargetedConfig, path: str) -> int | None:
 
 
 def _is_excluded(config: TargetedConfig, path: str) -> bool:
-    if config.exclude_modules and _names(config.exclude_modules, path):
+    if config.exclude_modules and is_named(config.exclude_modules, path):
         return True
     # A layer that is trained whole, and all inside it, cannot carry an adapter as well.
     return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in config.modules_to_save or [])

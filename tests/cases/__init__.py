@@ -11,7 +11,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from msft_peft import PeftConfig, PeftModel, get_peft_model
-from msft_peft.core.layer import TunerLayer
+from msft_peft.core.layer import TunerLayer, fixed_in
+from msft_peft.core.patch import Patch
 from msft_peft.registry import METHODS, Method
 from tests.tolerances import array
 
@@ -99,8 +100,14 @@ def block_cases() -> list[Case]:
 
 
 def weights_of(model: nn.Cell, adapter: str) -> list[Parameter]:
-    """The parameters that bear the adapter's name. No layer of the test models is called like an adapter."""
-    return [p for p in model.get_parameters() if adapter in p.name.split(".")]
+    """The parameters that bear the adapter's name and may train. No layer of the test models is called like one."""
+    fixed = {id(p) for p in fixed_of(model)}
+    return [p for p in model.get_parameters() if adapter in p.name.split(".") and id(p) not in fixed]
+
+
+def fixed_of(model: nn.Cell) -> list[Parameter]:
+    """What adapters keep in files and never train."""
+    return [p for layer in layers_of(model) for patch in layer.adapters.values() for p in fixed_in(patch)]
 
 
 def layers_of(model: nn.Cell) -> list[TunerLayer]:
@@ -108,9 +115,15 @@ def layers_of(model: nn.Cell) -> list[TunerLayer]:
     return [cell for _, cell in model.cells_and_names() if isinstance(cell, TunerLayer)]
 
 
-def act_in_turn(model: nn.Cell) -> bool:
-    """Whether the order of several active adapters matters: one of them rescales what the others did."""
+def read_the_base(model: nn.Cell) -> bool:
+    """Whether what an adapter does depends on the base weight, so that none can be merged on top of another."""
     return any(patch.reads_base for layer in layers_of(model) for patch in layer.adapters.values())
+
+
+def act_in_turn(model: nn.Cell) -> bool:
+    """Whether the order of several active adapters matters: one of them changes what the others did."""
+    patches = [patch for layer in layers_of(model) for patch in layer.adapters.values()]
+    return any(patch.reads_base or patch.reweighs or type(patch).before is not Patch.before for patch in patches)
 
 
 def state_of(net: nn.Cell) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import safetensors
 import safetensors.numpy
 
 from msft_peft import PeftConfig, PeftModel
-from tests.cases import Case, first_cases, layers_of, life_cases, output, shake, weights_of
+from msft_peft.core.patch import place_of
+from tests.cases import Case, first_cases, fixed_of, layers_of, life_cases, output, shake, weights_of
 from tests.tolerances import array, assert_same, differ
 
 
@@ -101,16 +102,16 @@ def test_mindspore_loads_the_checkpoint_by_itself(case: Case, mode: str, tmp_pat
     """Its names are those of the parameters: what a user of `ms.load_param_into_net` expects."""
     model = trained(case)
     model.save_pretrained(tmp_path)
-    trainable = {p.name for p in model.trainable_params()}
-    assert set(checkpoint(tmp_path)) == trainable
+    stored = {p.name for p in [*model.trainable_params(), *fixed_of(model)]}
+    assert set(checkpoint(tmp_path)) == stored
     fresh = case.adapted()
     parameters = ms.load_checkpoint(str(tmp_path / "adapter_model.ckpt"))
-    ms.load_param_into_net(fresh, {name: p for name, p in parameters.items() if name in trainable})
+    ms.load_param_into_net(fresh, {name: p for name, p in parameters.items() if name in stored})
     assert_same(output(fresh), output(model), "exact")
 
 
 def test_the_keys_are_hfs(case: Case, tmp_path: Path):
-    """No adapter name, no wrapper's name, one prefix; exactly what trains is there, and nothing else."""
+    """No adapter name, no wrapper's name, one prefix; what trains is there, what belongs to it, nothing else."""
     model = trained(case)
     model.save_pretrained(tmp_path)
     with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "numpy") as file:
@@ -119,10 +120,11 @@ def test_the_keys_are_hfs(case: Case, tmp_path: Path):
     assert all(key.startswith("base_model.model.") for key in keys)
     parts = {part for key in keys for part in key.split(".")}
     assert not parts & {"default", "modules_to_save", "original_module", "adapters"}
-    assert len(keys) == len(model.trainable_params())
+    stored = [*model.trainable_params(), *fixed_of(model)]
+    assert len(keys) == len(stored)
     assert not parts & {"gamma", "beta", "embedding_table"}
     sizes = sum(a.size for a in safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors").values())
-    assert sizes == sum(p.size for p in model.trainable_params())
+    assert sizes == sum(p.size for p in stored)
 
 
 def test_saving_changes_nothing(case: Case, mode: str, tmp_path: Path):
@@ -300,8 +302,9 @@ def test_keys_that_still_hold_the_adapters_name_load(first: Case, tmp_path: Path
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = safetensors.numpy.load_file(path)
-    old = {key.replace(".weight", ".default.weight"): value for key, value in tensors.items()}
-    assert set(old) != set(tensors)
+    places = [place_of(key) for key in tensors]
+    old = {".".join(filter(None, (stem, "default", leaf))): tensors[key] for key, (stem, leaf) in zip(tensors, places)}
+    assert not set(old) & set(tensors)
     safetensors.numpy.save_file(old, path)  # and without metadata, as old scripts write it
     assert_same(output(PeftModel.from_pretrained(first.base(), tmp_path)), output(model), "exact")
 

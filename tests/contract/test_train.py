@@ -64,7 +64,7 @@ def test_sgd_descends(plain: Case, mode: str):
     model = plain.adapted()
     x, before = model.sample(), snapshot(model)
     target = floats(*output(model).shape, seed=3)
-    optimizer = nn.SGD(model.trainable_params(), 0.1)
+    optimizer = nn.SGD(model.trainable_params(), 0.1, momentum=0.9)
     gradient = ms.value_and_grad(Loss(model), None, optimizer.parameters)
 
     def step(x, target):
@@ -74,7 +74,7 @@ def test_sgd_descends(plain: Case, mode: str):
 
     step = ms.jit(step) if mode == "graph" else step
     losses = [float(array(step(x, target))) for _ in range(20)]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     assert_only_the_adapter_moved(model, before)
 
 

@@ -11,7 +11,7 @@ from mindspore import nn
 from msft_peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer
 from tests import nets
-from tests.cases import Case, output, shake, weights_of
+from tests.cases import Case, fixed_of, output, shake, weights_of
 from tests.tolerances import array, assert_same, differ
 
 PREFIX = "base_model.model."
@@ -44,7 +44,8 @@ def test_exactly_the_adapter_trains(case: Case, mode: str):
     assert in_place == {PREFIX + name for name in case.trains}
     added = [p for p in model.get_parameters() if id(p) not in own]
     assert added
-    assert all(p.requires_grad for p in added)
+    fixed = {id(p) for p in fixed_of(model)}
+    assert [p.requires_grad for p in added] == [id(p) not in fixed for p in added]
 
 
 def test_the_targets_and_nothing_else_are_wrapped(case: Case, mode: str):
@@ -130,7 +131,8 @@ def test_injecting_without_a_peft_model(case: Case, mode: str):
     assert [p.name for p in model.get_parameters()] == [path for path, _ in model.parameters_and_names()]
     added = [p for p in model.get_parameters() if id(p) not in own]
     assert added
-    assert all(p.requires_grad for p in added)
+    fixed = {id(p) for p in fixed_of(model)}
+    assert [p.requires_grad for p in added] == [id(p) not in fixed for p in added]
     assert {p.name for p in model.trainable_params() if id(p) in own} == set(case.trains)
 
 

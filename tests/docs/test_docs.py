@@ -1,5 +1,6 @@
 """The documents' Python blocks run as they stand, in a folder that has what they speak of."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -13,7 +14,12 @@ from msft_peft.models import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "README_CN.md"]
-PAGES += [f"docs/{name}.md" for name in ("models", "training", "variants", "initialisation", "combining", "state")]
+# Of the other pages those whose blocks can run by themselves.
+PAGES += [
+    f"docs/{page.name}"
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if "```python" in page.read_text(encoding="utf-8") and page.name not in ("distributed.md",)
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -30,6 +36,14 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
     run = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "trainable params: " in run.stdout
+
+
+def test_the_table_of_methods_is_that_of_the_registry():
+    spec = importlib.util.spec_from_file_location("methods_table", ROOT / "docs/methods_table.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    assert maker.page(text) == text, "write it anew: python docs/methods_table.py"
 
 
 def test_both_readmes_say_the_same():

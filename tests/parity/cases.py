@@ -38,19 +38,21 @@ def same_dicts(kind: str, ours: dict[str, Any], theirs: dict[str, Any], what: st
 
 @dataclass(frozen=True)
 class Case:
-    """A net and a LoraConfig.
+    """A net and a config.
 
     Attributes:
         name: also the golden's folder.
         net: name of the net in `cells.NETS` and `modules.NETS`.
-        config: arguments of LoraConfig.
+        config: its arguments.
         merges: False where neither library can merge.
+        method: of the config's class, without "Config".
     """
 
     name: str
     net: str
     config: dict[str, Any] = field(hash=False)
     merges: bool = True
+    method: str = "Lora"
 
     def rng(self, seed: int = 0) -> np.random.Generator:
         return np.random.default_rng([zlib.crc32(self.name.encode()), seed])
@@ -114,6 +116,52 @@ CASES = {
     ]
 }
 
+
+def other(method: str, note: str, net: str, *targets: str, **config: Any) -> Case:
+    return Case(f"{method.lower()}_{note}", net, {"target_modules": list(targets)} | config, method=method)
+
+
+METHOD_CASES = {
+    c.name: c
+    for c in [
+        other("IA3", "linear", "mlp", "lin0", "lin1", "out", feedforward_modules=["lin1"]),
+        other("IA3", "conv2d", "conv2d", "conv0", "lin", feedforward_modules=["lin"]),
+        other("IA3", "conv2d_inputs", "conv2d", "conv0", feedforward_modules=["conv0"]),
+        other("IA3", "conv3d", "conv3d", "conv0", feedforward_modules=[]),
+        other("IA3", "hf_conv1d", "gpt2", "c_attn", "c_proj", feedforward_modules=["c_proj"], fan_in_fan_out=True),
+        other("LoHa", "linear", "mlp", "lin0", "out", r=2, alpha=3, rank_pattern={"out": 3}),
+        other("LoHa", "conv1d", "conv1d", "conv0", "lin", r=2),
+        other("LoHa", "conv2d", "conv2d", "conv0", r=2),
+        other("LoKr", "linear", "mlp", "lin0", "lin1", "out", r=2, alpha=3),
+        other("LoKr", "linear_both", "mlp", "lin0", "lin1", r=1, decompose_both=True, decompose_factor=4),
+        other("LoKr", "conv1d", "conv1d", "conv0", "lin", r=1),
+        other("LoKr", "conv2d", "conv2d", "conv0", r=4, init_weights="lycoris"),
+        other("LoKr", "conv2d_effective", "conv2d", "conv0", r=1, use_effective_conv2d=True),
+        other("Hira", "linear", "mlp", "lin0", "lin1", r=3),
+        other("Hira", "embedding", "embedding", "emb", "lin", r=2),
+        other("Hira", "conv1d", "conv1d", "conv0", r=2),
+        other("Hira", "conv2d", "conv2d", "conv0", r=2),
+        other("Hira", "conv3d", "conv3d", "conv0", r=2),
+        other("Hira", "hf_conv1d", "gpt2", "c_attn", r=2, fan_in_fan_out=True),
+        other("OFT", "linear", "mlp", "lin0", "lin1", oft_block_size=2, bias="oft_only"),
+        other("OFT", "linear_exact", "mlp", "lin1", r=2, oft_block_size=0, use_cayley_neumann=False),
+        other("OFT", "linear_shared", "mlp", "lin1", oft_block_size=4, block_share=True, num_cayley_neumann_terms=3),
+        other("OFT", "conv2d", "conv2d_square", "conv1", oft_block_size=2),
+        other("OFT", "embedding", "embedding", "emb", oft_block_size=2),
+        other("HRA", "linear", "mlp", "lin0", "lin1", r=4),
+        other("HRA", "linear_gs", "mlp", "lin0", r=3, apply_GS=True, init_weights=False),
+        other("HRA", "conv2d", "conv2d_square", "conv0", "conv1", r=2),
+        other("Miss", "linear", "mlp", "lin0", "lin1", r=4),
+        other("Miss", "linear_mini", "mlp", "lin0", r=2, mini_r=2, init_weights="mini"),
+        other("Miss", "linear_bat", "mlp", "lin0", r=2, init_weights="bat"),
+        other("Gralora", "linear", "mlp", "lin0", "lin1", r=4, alpha=5),
+        other("Gralora", "hybrid", "mlp", "lin0", r=4, gralora_k=2, hybrid_r=2),
+        other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
+    ]
+}
+
+ALL_CASES = CASES | METHOD_CASES
+
 _SHAPES = {
     "mlp": (3, 6),
     "dense_activation": (3, 6),
@@ -121,6 +169,7 @@ _SHAPES = {
     "conv1d": (2, 4, 9),
     "conv2d": (2, 4, 7, 5),
     "conv2d_same": (2, 3, 6, 5),
+    "conv2d_square": (2, 3, 6, 5),
     "conv3d": (2, 4, 3, 5, 4),
     "gpt2": (2, 3, 6),
     "experts": (3, 6),

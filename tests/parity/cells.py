@@ -87,6 +87,18 @@ class Conv2dSame(nn.Cell):
         return self.conv1(swish(self.conv0(x))).mean(3)
 
 
+class Conv2dSquare(nn.Cell):
+    """What HF's HRA and OFT can work on: square kernels, and for OFT a kernel of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 4, 3, stride=2, pad_mode="pad", padding=1, has_bias=True)
+        self.conv1 = nn.Conv2d(4, 3, 1, has_bias=True)
+
+    def construct(self, x):
+        return self.conv1(swish(self.conv0(x))).mean(3)
+
+
 class Conv3dNet(nn.Cell):
     def __init__(self):
         super().__init__()
@@ -194,6 +206,7 @@ NETS = {
     "conv1d": Conv1dNet,
     "conv2d": Conv2dNet,
     "conv2d_same": Conv2dSame,
+    "conv2d_square": Conv2dSquare,
     "conv3d": Conv3dNet,
     "gpt2": Gpt2Net,
     "blocks": Blocks,

@@ -1,7 +1,7 @@
 """Writes tests/goldens with HF peft on torch: `python -m tests.parity.make_goldens`, by hand, from the root folder.
 
-Each folder lora/<case> is what HF's `save_pretrained` wrote, and io.npz: the base model's weights ("weight/..."), a
-batch ("x", "target"), and what HF makes of it: "output", "loss", "gradient/...", "merged_output" and, where they
+Each folder <method>/<case> is what HF's `save_pretrained` wrote, and io.npz: the base model's weights ("weight/..."),
+a batch ("x", "target"), and what HF makes of it: "output", "loss", "gradient/...", "merged_output" and, where they
 differ from the base model's, "merged/...". MANIFEST.json has the versions, and each file's sha256.
 """
 
@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from . import theirs
-from .cases import CASES, Case
+from .cases import ALL_CASES, Case
 from .ours import config_in
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -47,10 +47,10 @@ def write(case: Case, folder: Path) -> None:
 
 
 def main() -> None:
-    shutil.rmtree(GOLDENS / "lora", ignore_errors=True)
-    for case in CASES.values():
-        write(case, GOLDENS / "lora" / case.name)
-    files = sorted(path for path in (GOLDENS / "lora").rglob("*") if path.is_file())
+    shutil.rmtree(GOLDENS, ignore_errors=True)
+    for case in ALL_CASES.values():
+        write(case, GOLDENS / case.method.lower() / case.name)
+    files = sorted(path for path in GOLDENS.rglob("*") if path.is_file())
     large = [str(path) for path in files if path.stat().st_size > LARGEST]
     assert not large, f"larger than {LARGEST} bytes: {large}"
     versions = {module.__name__: module.__version__ for module in (peft, torch, transformers, safetensors, np)}
@@ -59,7 +59,7 @@ def main() -> None:
         "sha256": {str(p.relative_to(GOLDENS)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
     }
     (GOLDENS / "MANIFEST.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    print(f"{len(CASES)} goldens, {sum(path.stat().st_size for path in files):,} bytes")
+    print(f"{len(ALL_CASES)} goldens, {sum(path.stat().st_size for path in files):,} bytes")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,16 @@ class Conv2dSame(nn.Module):
         return self.conv1(swish(self.conv0(x))).mean(3)
 
 
+class Conv2dSquare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.conv1 = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return self.conv1(swish(self.conv0(x))).mean(3)
+
+
 class Conv3dNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -167,6 +177,7 @@ NETS = {
     "conv1d": Conv1dNet,
     "conv2d": Conv2dNet,
     "conv2d_same": Conv2dSame,
+    "conv2d_square": Conv2dSquare,
     "conv3d": Conv3dNet,
     "gpt2": Gpt2Net,
     "blocks": Blocks,

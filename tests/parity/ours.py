@@ -9,7 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from msft_peft import LoraConfig, PeftModel, get_peft_model
+import msft_peft
+from msft_peft import PeftModel, get_peft_model
 
 from . import cells
 from .cases import Case, Record, file_key, make_weight
@@ -48,7 +49,7 @@ def load(case: Case, weights: dict[str, np.ndarray], folder: str | Path, **optio
 
 def create(case: Case, weights: dict[str, np.ndarray], seed: int = 0) -> PeftModel:
     """The net with an adapter of our own, its weights random, in evaluation mode."""
-    model = get_peft_model(build(case.net, weights), LoraConfig(**case.config))
+    model = get_peft_model(build(case.net, weights), getattr(msft_peft, f"{case.method}Config")(**case.config))
     rng = case.rng(seed)
     for p in model.trainable_params():
         p.copy_(ms.Tensor(make_weight(p.name, p.shape, rng)))
@@ -121,8 +122,8 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
 def config_in(folder: Path) -> dict:
     """adapter_config.json with the lists that HF holds as sets in order, since theirs changes from run to run."""
     fields = json.loads((Path(folder) / "adapter_config.json").read_text())
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(fields[name], list):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
+        if isinstance(fields.get(name), list):
             fields[name] = sorted(fields[name])
     if fields["auto_mapping"]:
         fields["auto_mapping"].pop("parent_library")  # each names its own module

@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 
 from . import ours
-from .cases import CASES, Record, compare, same_dicts
+from .cases import ALL_CASES, Case, Record, compare, same_dicts
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
-LORA = GOLDENS / "lora"
 
-each_case = pytest.mark.parametrize("name", list(CASES))
+each_case = pytest.mark.parametrize("name", list(ALL_CASES))
+
+
+def folder_of(case: Case) -> Path:
+    """Where its golden lies."""
+    return GOLDENS / case.method.lower() / case.name
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, Record]:
     """(weights of the base, batch, target, HF's record) of a case."""
-    with np.load(LORA / name / "io.npz") as file:
+    with np.load(folder_of(ALL_CASES[name]) / "io.npz") as file:
         arrays = dict(file)
 
     def below(prefix):
@@ -27,7 +31,7 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, Re
     trainable, total = arrays["counts"].tolist()
     weights = below("weight/")
     found = Record(arrays["output"], arrays["loss"], below("gradient/"), trainable, total, str(arrays["text"]))
-    if CASES[name].merges:
+    if ALL_CASES[name].merges:
         found.merged_output, found.merged = arrays["merged_output"], weights | below("merged/")
     return weights, arrays["x"], arrays["target"], found
 
@@ -36,27 +40,27 @@ def test_the_goldens_are_those_of_the_manifest():
     manifest = json.loads((GOLDENS / "MANIFEST.json").read_text())
     found = {
         str(path.relative_to(GOLDENS)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in LORA.rglob("*")
+        for path in GOLDENS.rglob("*/*")
         if path.is_file()
     }
     assert found == manifest["sha256"]
-    assert sorted(path.name for path in LORA.iterdir()) == sorted(CASES)
+    assert sorted(path.name for path in GOLDENS.glob("*/*")) == sorted(ALL_CASES)
     assert manifest["versions"]["peft"] == "0.21.2"
 
 
 @each_case
 def test_numbers(name, mode):
     """Outputs, loss, every gradient, merged outputs and weights, counts: HF's, in both modes."""
-    case = CASES[name]
+    case = ALL_CASES[name]
     weights, x, target, theirs = golden(name)
-    compare(ours.record(ours.load(case, weights, LORA / name), x, target, case.merges), theirs)
+    compare(ours.record(ours.load(case, weights, folder_of(case)), x, target, case.merges), theirs)
 
 
 @each_case
 def test_unmerging_gives_the_weights_back(name):
-    case = CASES[name]
+    case = ALL_CASES[name]
     weights, _, _, _ = golden(name)
-    model = ours.load(case, weights, LORA / name)
+    model = ours.load(case, weights, folder_of(case))
     before = ours.weights_of(model)
     if not case.merges:
         with pytest.raises(ValueError, match="groups=2"):
@@ -75,11 +79,12 @@ def test_unmerging_gives_the_weights_back(name):
 def test_files(name, adapter, tmp_path):
     """Loaded and saved again, whatever its name meanwhile: HF's config, and HF's weights file to the byte."""
     weights, _, _, _ = golden(name)
-    model = ours.load(CASES[name], weights, LORA / name, adapter_name=adapter)
+    original = folder_of(ALL_CASES[name])
+    model = ours.load(ALL_CASES[name], weights, original, adapter_name=adapter)
     model.save_pretrained(tmp_path)
     folder = tmp_path if adapter == "default" else tmp_path / adapter
-    assert ours.config_in(folder) == ours.config_in(LORA / name)
-    mine, theirs = folder / "adapter_model.safetensors", LORA / name / "adapter_model.safetensors"
+    assert ours.config_in(folder) == ours.config_in(original)
+    mine, theirs = folder / "adapter_model.safetensors", original / "adapter_model.safetensors"
     tensors, metadata = ours.tensors_of(mine)
     assert tensors == ours.tensors_of(theirs)[0]
     assert metadata == {"format": "pt"}
@@ -90,7 +95,8 @@ def test_files(name, adapter, tmp_path):
 def test_the_checkpoint_beside_is_as_good(name, tmp_path):
     """MindSpore's own adapter_model.ckpt holds the same adapter."""
     weights, x, target, theirs = golden(name)
-    ours.load(CASES[name], weights, LORA / name).save_pretrained(tmp_path)
+    case = ALL_CASES[name]
+    ours.load(case, weights, folder_of(case)).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    model = ours.load(CASES[name], weights, tmp_path)
+    model = ours.load(case, weights, tmp_path)
     compare(ours.record(model, x, target, merge=False), Record(**vars(theirs) | {"merged_output": None}))

@@ -13,10 +13,10 @@ from msft_peft import LoraConfig, PeftModel, get_peft_model
 from tests.cases import layers_of
 
 from . import make_goldens, ours, theirs
-from .cases import CASES, Case, Record, case, compare, same
-from .test_goldens import LORA, golden
+from .cases import ALL_CASES, CASES, Case, Record, case, compare, same
+from .test_goldens import folder_of, golden
 
-each_case = pytest.mark.parametrize("name", list(CASES))
+each_case = pytest.mark.parametrize("name", list(ALL_CASES))
 SEED = 1  # other weights and batches than the goldens have
 
 
@@ -32,14 +32,14 @@ def hf_load(the_case: Case, weights, folder, **options) -> HfPeftModel:
 @each_case
 def test_hf_writes_and_we_read(name, tmp_path):
     """In PyNative; test_goldens.py does the same in graph mode too."""
-    the_case = CASES[name]
+    the_case = ALL_CASES[name]
     weights, x, target, hf = theirs.write(the_case, tmp_path, SEED)
     compare(ours.record(ours.load(the_case, weights, tmp_path), x, target, the_case.merges), hf)
 
 
 @each_case
 def test_we_write_and_hf_reads_without_a_warning(name, tmp_path):
-    the_case = CASES[name]
+    the_case = ALL_CASES[name]
     weights, x, target = theirs.data(the_case, SEED)
     mine = ours.create(the_case, weights, SEED)
     mine.save_pretrained(tmp_path / "ours")
@@ -55,16 +55,19 @@ def test_we_write_and_hf_reads_without_a_warning(name, tmp_path):
 
 @each_case
 def test_the_goldens_are_what_hf_makes_today(name, tmp_path):
-    make_goldens.write(CASES[name], tmp_path / name)
-    assert ours.config_in(tmp_path / name) == ours.config_in(LORA / name)
-    fresh, kept = (ours.tensors_of(folder / name / "adapter_model.safetensors") for folder in (tmp_path, LORA))
+    the_case = ALL_CASES[name]
+    make_goldens.write(the_case, tmp_path / name)
+    assert ours.config_in(tmp_path / name) == ours.config_in(folder_of(the_case))
+    fresh, kept = (
+        ours.tensors_of(folder / "adapter_model.safetensors") for folder in (tmp_path / name, folder_of(the_case))
+    )
     assert fresh == kept
     weights, x, target, found = golden(name)
-    again = theirs.data(CASES[name])
+    again = theirs.data(the_case)
     np.testing.assert_array_equal(again[1], x)
     np.testing.assert_array_equal(again[2], target)
     assert all(np.array_equal(again[0][key], value) for key, value in weights.items())
-    compare(found, theirs.record(theirs.create(CASES[name], weights), x, target, CASES[name].merges))
+    compare(found, theirs.record(theirs.create(the_case, weights), x, target, the_case.merges))
 
 
 PAIR = (
@@ -298,7 +301,7 @@ def test_the_folder_holds_what_hf_writes_and_the_checkpoint(tmp_path):
 def test_a_broken_scaling_would_be_seen():
     """The comparison itself: an output from a scaling that is 1 % off is no match."""
     weights, x, target, found = golden("linear")
-    model = ours.load(CASES["linear"], weights, LORA / "linear")
+    model = ours.load(CASES["linear"], weights, folder_of(CASES["linear"]))
     for layer in layers_of(model):
         layer.scale_layer(1.01)
     with pytest.raises(AssertionError, match="output"):

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 import msft_peft
 from msft_peft import LoraConfig, PeftConfig, get_peft_model
 from msft_peft.core.layer import TunerLayer
+from msft_peft.registry import METHODS
 
 from . import ours
 
@@ -48,6 +49,18 @@ def test_every_field_and_its_default(name):
     mine = {field.name: default(field) for field in dataclasses.fields(getattr(msft_peft, name))}
     if name == "LoraConfig":
         hf["peft_type"] = "LORA"  # HF sets it when a config is made
+    assert mine == hf
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_has_hfs_fields_and_defaults(method):
+    """But for what only ours has, which files hold only if it is used."""
+    name = method.config.__name__
+    if not hasattr(peft, name):
+        pytest.skip(f"HF peft has no {name}")
+    beyond = method.config.beyond_hf
+    hf = {field.name: default(field) for field in dataclasses.fields(getattr(peft, name))} | {"peft_type": method.name}
+    mine = {field.name: default(field) for field in dataclasses.fields(method.config) if field.name not in beyond}
     assert mine == hf
 
 

@@ -5,8 +5,9 @@ import io
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 
 from . import modules
 from .cases import Case, Record, file_key, make_input, make_weight
@@ -32,7 +33,8 @@ def data(case: Case, seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray, 
 
 def create(case: Case, weights: dict[str, np.ndarray], seed: int = 0, adapter: str = "default") -> PeftModel:
     """The net with an adapter, its weights random, in evaluation mode."""
-    model = get_peft_model(build(case.net, weights), LoraConfig(**case.config), adapter_name=adapter)
+    config = getattr(peft, f"{case.method}Config")(**case.config)
+    model = get_peft_model(build(case.net, weights), config, adapter_name=adapter)
     rng = case.rng(seed + 1000)
     for name, p in model.named_parameters():
         if p.requires_grad:

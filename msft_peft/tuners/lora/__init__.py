@@ -1,6 +1,7 @@
 """LoRA."""
 
 from msft_peft.registry import Method
+from msft_peft.tuners.architectures import USUAL
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
 from msft_peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from msft_peft.tuners.lora.corda import preprocess_corda
@@ -31,27 +32,6 @@ __all__ = [
     "save_as_lora",
 ]
 
-# The layers that HF peft 0.21.2 adapts by default, architectures with equal names together.
-_DEFAULT_TARGETS: dict[tuple[str, ...], list[str] | str] = {
-    ("q_proj", "v_proj"): (
-        "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm".split()
-    ),
-    ("query_key_value",): "bloom chatglm falcon gpt_neox RefinedWeb RefinedWebModel".split(),
-    ("query", "value"): "bert electra layoutlm roberta xlm-roberta".split(),
-    ("q", "v"): "mt5 t5".split(),
-    ("c_attn",): "gpt2 gpt_bigcode".split(),
-    ("q", "v", "q_proj", "v_proj"): ["blip-2"],
-    ("query_proj", "value_proj"): ["deberta-v2"],
-    ("in_proj",): ["deberta"],
-    ("Wqkv",): ["mpt"],
-    ("c_proj", "c_attn"): ["btlm"],
-    ("qkv_proj",): ["codegen"],
-    ("q_proj", "v_proj", "fc1", "fc2"): ["phi"],
-    ("q_proj", "k_proj", "v_proj", "o_proj"): ["nemotron_h"],
-    ("key", "value", "receptance", "output"): ["rwkv"],
-    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): ["rwkv7"],
-}
-
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 METHOD = Method(
@@ -61,8 +41,7 @@ METHOD = Method(
         "dora": {"dense": DoraPatch, "embedding": DoraEmbeddingPatch} | dict.fromkeys(_CONVOLUTIONS, DoraPatch),
         "alora": {"dense": LoraPatch},
     },
-    default_targets={kind: list(targets) for targets, kinds in _DEFAULT_TARGETS.items() for kind in kinds}
-    | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"},
+    default_targets=USUAL,
     mixed=True,
     extras=extra_patches,
     tuner=LoraModel,

@@ -1,17 +1,22 @@
 """LoraConfig: HF peft 0.21.2's 42 fields."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from msft_peft.config import TargetedConfig, check_regex
+from msft_peft.config import (
+    TargetedConfig,
+    check_bias,
+    check_finite,
+    check_patterns,
+    check_positive,
+    check_probability,
+)
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
-BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
 VARIANTS = ("", "dora", "alora")
 SUB_CONFIGS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
@@ -111,10 +116,8 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_ranks()
-        if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"`lora_dropout` is a probability in [0, 1), got {self.lora_dropout!r}")
-        if self.bias not in BIASES:
-            raise NotImplementedError(f"Requested bias: {self.bias}, is not implemented. There are {BIASES}.")
+        check_probability("lora_dropout", self.lora_dropout)
+        check_bias(self.bias, "lora")
         self._check_init()
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
@@ -131,18 +134,10 @@ class LoraConfig(TargetedConfig):
             warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", PeftWarning, stacklevel=3)
 
     def _check_ranks(self) -> None:
-        for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {rank}")
-        for where, alpha in [
-            ("lora_alpha", self.lora_alpha),
-            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
-        ]:
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise ConfigError(f"`{where}` should be a finite number but the value passed is {alpha!r}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
-                check_regex(name, pattern)
+        check_positive("r", self.r)
+        check_finite("lora_alpha", self.lora_alpha)
+        check_patterns("rank_pattern", self.rank_pattern, check_positive)
+        check_patterns("alpha_pattern", self.alpha_pattern, check_finite)
 
     def _check_invocation(self) -> None:
         tokens = self.alora_invocation_tokens

@@ -3,11 +3,12 @@
 from mindspore import Tensor, ops
 
 from msft_peft.backend.tree import torch_name
+from msft_peft.core.patch import he_uniform
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.tuners.lora.config import LoraConfig
 from msft_peft.tuners.lora.init import start_of
-from msft_peft.tuners.lora.patch import LoraPatch, he_uniform
+from msft_peft.tuners.lora.patch import LoraPatch
 
 
 class LoraParameterPatch(LoraPatch):

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import HeUniform, Initializer, Normal
+from mindspore.common.initializer import Initializer, Normal
 
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named
-from msft_peft.core.patch import Patch
+from msft_peft.core.patch import Patch, he_uniform
 from msft_peft.core.scale import Scale
 from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, MergeError
@@ -229,8 +229,3 @@ class LoraEmbeddingPatch(LoraPatch):
     def delta_weight(self) -> Tensor:
         delta = ops.matmul(self.lora_embedding_B, self.lora_embedding_A)
         return self.scaled(ops.transpose(delta, (1, 0)))
-
-
-def he_uniform() -> Initializer:
-    """How torch draws the weights of a linear layer."""
-    return HeUniform(negative_slope=math.sqrt(5))

@@ -1,0 +1,311 @@
+"""What is peculiar to single methods beside LoRA; what they have in common is in tests/contract."""
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+import msft_peft
+from msft_peft import (
+    DeloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    get_peft_model,
+)
+from msft_peft.models import LlamaConfig, LlamaForCausalLM
+from msft_peft.tuners.lokr import factors
+from tests import nets
+from tests.cases import layers_of, output, shake, state_of, weights_of
+from tests.tolerances import array, assert_same, differ
+
+BOTH = {"target_modules": ["lin0", "lin1"]}
+
+# What a config refuses by itself.
+BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "ia3: a stranger": (
+        "IA3",
+        {"target_modules": ["q"], "feedforward_modules": ["w"]},
+        ValueError,
+        "`feedforward_modules` should be a subset of `target_modules`",
+    ),
+    "ia3: a broken regex": ("IA3", {"feedforward_modules": "("}, ValueError, "no valid regular expression"),
+    "loha: rank": ("LoHa", {"r": 0}, ValueError, "`r` should be a positive integer"),
+    "loha: dropout": ("LoHa", {"module_dropout": 1.0}, ValueError, r"`module_dropout` is a probability in \[0, 1\)"),
+    "lokr: init": ("LoKr", {"init_weights": "lycori"}, ValueError, "True, False or 'lycoris'"),
+    "lokr: pattern": ("LoKr", {"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]"),
+    "hira: init": ("Hira", {"init_weights": "uniform"}, ValueError, "Unknown initialization init_weights='uniform'"),
+    "oft: nothing": ("OFT", {"r": 0, "oft_block_size": 0}, ValueError, "Either `r` or `oft_block_size` must be non-z"),
+    "oft: both": ("OFT", {"r": 2}, ValueError, r"You can only specify either r \(2\) or oft_block_size \(32\)"),
+    "oft: bias": ("OFT", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only, is not implemented"),
+    "hra: rank": ("HRA", {"r": -2}, ValueError, "`r` should be a positive integer"),
+    "miss: init": ("Miss", {"init_weights": "bats"}, ValueError, "must be True, False, 'bat' or 'mini'"),
+    "gralora: blocks": ("Gralora", {"r": 5}, ValueError, "r should be divisible by gralora_k, but got 5 and 2"),
+    "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
+}
+# What a model makes impossible.
+MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], str]] = {
+    "ia3: feed-forward?": (nets.Dense, "IA3", BOTH, ValueError, "Please specify `feedforward_modules`"),
+    "ia3: embedding": (
+        nets.Embedding,
+        "IA3",
+        {"target_modules": ["emb"], "feedforward_modules": []},
+        ValueError,
+        "Target module emb .* is not supported",
+    ),
+    "oft: coft": (nets.Dense, "OFT", BOTH | {"coft": True}, NotImplementedError, "coft=True .* is not built yet"),
+    "hra: pairs": (nets.Dense, "HRA", BOTH | {"apply_GS": True}, ValueError, "needs init_weights=False"),
+    "miss: high": (nets.Dense, "Miss", BOTH | {"r": 7}, ValueError, r"`r` \(7\) must be less than or equal to the 6"),
+    "miss: mini": (
+        nets.Dense,
+        "Miss",
+        BOTH | {"r": 2, "mini_r": 3, "init_weights": "mini"},
+        ValueError,
+        r"`mini_r` \(3\) must divide the 8 outputs of lin0",
+    ),
+    "miss: bat": (
+        nets.Dense,
+        "Miss",
+        BOTH | {"r": 4, "init_weights": "bat"},
+        ValueError,
+        "must be fully divisible",
+    ),
+    "oft: blocks of one": (
+        nets.Dense,
+        "OFT",
+        BOTH | {"r": 6, "oft_block_size": 0},
+        ValueError,
+        "nothing to rotate in blocks of one",
+    ),
+    "gralora: outputs": (
+        nets.Dense,
+        "Gralora",
+        {"target_modules": ["lin1"], "r": 2},
+        ValueError,
+        "out_features should be divisible by gralora_k, but got 5 and 2 at lin1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_values_are_refused_at_once(case: tuple):
+    method, settings, kind, text = case
+    with pytest.raises(kind, match=text):
+        getattr(msft_peft, f"{method}Config")(**settings)
+
+
+@pytest.mark.parametrize("case", MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_leaves_the_model_alone(case: tuple):
+    make, method, settings, kind, text = case
+    net = make()
+    before = state_of(net)
+    with pytest.raises(kind, match=text):
+        get_peft_model(net, getattr(msft_peft, f"{method}Config")(**settings))
+    assert state_of(net) == before
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+
+
+def test_ia3_knows_the_feed_forward_layers_of_an_architecture():
+    model = get_peft_model(llama(), IA3Config(task_type="CAUSAL_LM"))
+    config = model.peft_config["default"]
+    assert config.target_modules == ["down_proj", "k_proj", "v_proj"]
+    assert config.feedforward_modules == ["down_proj"]
+    shapes = {layer.site.name: tuple(layer.ia3_l["default"].shape) for layer in layers_of(model)}
+    assert shapes == {"k_proj": (16, 1), "v_proj": (16, 1), "down_proj": (1, 24)}
+
+
+def test_ia3_names_are_whole_parts_of_paths():
+    """HF takes "p" for the end of any path: `up` would be feed-forward too."""
+    model = get_peft_model(nets.Dense(), IA3Config(**BOTH, feedforward_modules=["lin1"]))
+    assert [layer.adapters["default"].feedforward for layer in layers_of(model)] == [False, True]
+    regex = IA3Config(target_modules="lin.", feedforward_modules="lin0")
+    assert [p.adapters["default"].feedforward for p in layers_of(get_peft_model(nets.Dense(), regex))] == [True, False]
+
+
+def test_fields_that_hf_lacks_are_written_only_if_used():
+    assert "layers_to_transform" not in IA3Config(**BOTH, feedforward_modules=[]).to_dict()
+    used = IA3Config(target_modules=["q"], feedforward_modules=[], layers_to_transform=[1], layers_pattern="layers")
+    assert used.to_dict()["layers_to_transform"] == [1]
+    model = get_peft_model(nets.Blocks(), used)
+    assert [layer.site.path for layer in layers_of(model)] == ["layers.1.attn.q"]
+
+
+def test_factors():
+    assert [factors(n) for n in (1, 12, 16, 127, 128, 4096)] == [(1, 1), (3, 4), (4, 4), (1, 127), (8, 16), (64, 64)]
+    assert [factors(128, n) for n in (4, 6, 100)] == [(4, 32), (4, 32), (8, 16)]
+    assert factors(12, 6) == (6, 2)
+
+
+def test_lokr_never_builds_the_product_for_a_dense_layer(monkeypatch: pytest.MonkeyPatch):
+    model = get_peft_model(nets.Dense(), LoKrConfig(**BOTH, r=1))
+    shake(weights_of(model, "default"))
+    expected = output(model)
+    patch = layers_of(model)[0].adapters["default"]
+    monkeypatch.setattr(type(patch), "delta_weight", lambda self: pytest.fail("built"))
+    assert_same(output(model), expected)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+def test_a_dropped_module_adds_nothing(config: type, mode: str):
+    model = get_peft_model(nets.Dense(), config(target_modules=["lin0"], r=2, module_dropout=0.5))
+    shake(weights_of(model, "default"))
+    x, full = model.sample(), output(model)
+    with model.disable_adapter():
+        base = output(model)
+    model.set_train()
+    ms.set_seed(0)
+    drawn = [array(model(x)) for _ in range(20)]
+    whole = [not differ(y, full) for y in drawn]
+    none = [not differ(y, base) for y in drawn]
+    assert all(a != b for a, b in zip(whole, none))
+    assert any(whole)
+    assert any(none)
+
+
+@pytest.mark.parametrize(("config", "scaled"), [(LoHaConfig, True), (LoKrConfig, False)])
+def test_dropped_rows_of_the_delta(config: type, scaled: bool):
+    model = get_peft_model(nets.Dense(), config(target_modules=["lin0"], r=2, rank_dropout=0.5))
+    shake(weights_of(model, "default"))
+    patch = layers_of(model)[0].adapters["default"]
+    whole = array(patch.delta_weight())
+    ms.set_seed(1)
+    patch.set_train()
+    seen = set()
+    for _ in range(20):
+        ratio = array(patch.thinned(patch.delta_weight())) / whole
+        rows = ratio[:, 0]
+        assert_same(ratio, np.tile(rows[:, None], (1, ratio.shape[1])))
+        left = np.count_nonzero(rows)
+        seen.add(left)
+        # LoHa's rows make up for those that are gone.
+        assert_same(rows[rows != 0], np.full(left, len(rows) / left if scaled else 1.0, np.float32))
+    assert len(seen) > 2
+
+
+def test_hira_follows_its_rank_pattern():
+    """HF does so only for a second adapter."""
+    model = get_peft_model(nets.Dense(), HiraConfig(**BOTH, r=3, rank_pattern={"lin1": 2}))
+    assert [layer.hira_A["default"].shape[0] for layer in layers_of(model)] == [3, 2]
+
+
+def test_hra_of_an_odd_rank_is_no_identity():
+    with pytest.warns(UserWarning, match="r=3 is odd"):
+        model = get_peft_model(nets.Dense(), HRAConfig(target_modules=["lin0"], r=3))
+    fresh = output(model)
+    with model.disable_adapter():
+        assert differ(output(model), fresh)
+
+
+def test_hra_keeps_lengths():
+    model = get_peft_model(nets.Dense(), HRAConfig(target_modules=["lin0"], r=4))
+    shake(weights_of(model, "default"))
+    x = nets.floats(5, 6)
+    turned = array(layers_of(model)[0].adapters["default"].before(x))
+    assert differ(turned, array(x))
+    assert_same(np.linalg.norm(turned, axis=1), np.linalg.norm(array(x), axis=1))
+
+
+@pytest.mark.parametrize(("r", "size", "blocks"), [(0, 4, (3, 2)), (0, 5, (6, 1)), (0, 32, (6, 1)), (4, 0, (2, 3))])
+def test_oft_takes_the_nearest_division(r: int, size: int, blocks: tuple[int, int]):
+    with pytest.warns(UserWarning, match=r"Invalid `(r|oft_block_size)` .*! Adjusted"):
+        model = get_peft_model(nets.Dense(), OFTConfig(target_modules=["lin0"], r=r, oft_block_size=size))
+    patch = layers_of(model)[0].adapters["default"]
+    assert (patch.block, patch.blocks) == blocks
+
+
+def test_oft_exactly_is_a_rotation():
+    config = OFTConfig(target_modules=["lin0"], oft_block_size=3, use_cayley_neumann=False)
+    model = get_peft_model(nets.Dense(), config)
+    shake(weights_of(model, "default"))
+    r = array(layers_of(model)[0].adapters["default"].rotations())
+    assert_same(r @ r.transpose(0, 2, 1), np.tile(np.eye(3, dtype=np.float32), (2, 1, 1)))
+    assert_same(np.linalg.det(r), np.ones(2, np.float32))
+
+
+def test_oft_drops_rotations_while_training():
+    """In HF the setting has no effect."""
+    model = get_peft_model(nets.Dense(), OFTConfig(target_modules=["lin0"], oft_block_size=2, module_dropout=0.5))
+    patch = layers_of(model)[0].adapters["default"]
+    shake([patch.angles])
+    whole = array(patch.rotations())
+    patch.set_train()
+    ms.set_seed(2)
+    seen = set()
+    for _ in range(20):
+        r = array(patch.rotations())
+        kept = [not differ(one, other) for one, other in zip(r, whole)]
+        assert all(k or not differ(one, np.eye(2, dtype=np.float32)) for k, one in zip(kept, r))
+        seen.add(sum(kept))
+    assert len(seen) > 1
+
+
+def test_delora_s_gradient_of_a_zero_vector_is_finite():
+    model = get_peft_model(nets.Dense(), DeloraConfig(target_modules=["lin0"], r=2))
+    loss = nets.Loss(model)
+    target = nets.floats(*output(model).shape, seed=3)
+    grads = ms.grad(loss, None, model.trainable_params())(model.sample(), target)
+    assert all(np.isfinite(array(g)).all() for g in grads)
+    assert any(array(g).any() for g in grads)
+
+
+def test_what_delora_remembers_is_not_trained_nor_counted():
+    model = get_peft_model(nets.Dense(), DeloraConfig(target_modules=["lin0"], r=2))
+    lin0 = layers_of(model)[0]
+    assert not lin0.delora_w_norm["default"].requires_grad
+    assert_same(lin0.delora_w_norm["default"], np.linalg.norm(array(lin0.weight), axis=0))
+    assert model.get_nb_trainable_parameters()[0] == 2 * 6 + 8 * 2 + 1
+    model.set_requires_grad("default", True)
+    assert not lin0.delora_w_norm["default"].requires_grad
+
+
+def test_miss_adds_one_block_to_every_shard():
+    model = get_peft_model(nets.Dense(), MissConfig(target_modules=["lin0"], r=4))
+    shake(weights_of(model, "default"))
+    patch = layers_of(model)[0].adapters["default"]
+    block = array(patch.miss_block)
+    assert_same(patch.delta_weight(), np.concatenate([block, block], 0)[:6].T)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_mixed_model_of_ia3_and_lora(first: bool, mode: str):
+    configs = [IA3Config(**BOTH, feedforward_modules=["lin1"]), LoraConfig(**BOTH, r=2)]
+    names = ["ia3", "lora"] if first else ["lora", "ia3"]
+    one, other = configs if first else configs[::-1]
+    model = get_peft_model(nets.Dense(), one, adapter_name=names[0], mixed=True)
+    model.add_adapter(names[1], other)
+    for name in names:
+        shake(weights_of(model, name))
+    model.set_adapter(names)
+    x = model.sample()
+    both = array(model(x))
+    assert_same(both, output(model))
+    model.merge_adapter()
+    assert_same(model(x), both)
+    model.unmerge_adapter()
+    assert_same(output(model), both)
+
+
+def test_a_tensor_may_have_any_number_of_axes():
+    x = Tensor(np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32))
+    for config in (
+        IA3Config(target_modules=["lin0"], feedforward_modules=["lin0"]),
+        LoKrConfig(target_modules=["lin0"], r=1),
+        OFTConfig(target_modules=["lin0"], oft_block_size=2),
+        HRAConfig(target_modules=["lin0"], r=2),
+        MissConfig(target_modules=["lin0"], r=4),
+    ):
+        model = get_peft_model(nets.Dense(), config)
+        shake(weights_of(model, "default"))
+        flat = array(model(x.reshape((-1, 6))))
+        assert_same(model(x), flat.reshape(2, 3, 4, -1))
