@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from msft_peft.backend.arrays import to_numpy
 from msft_peft.backend.files import fetch, replacing
+from msft_peft.backend.torch_pickle import read_torch
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig
 from msft_peft.core.inject import Adapter, lies_inside
@@ -28,6 +29,7 @@ from msft_peft.hosts import input_table, output_head
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 CKPT_NAME = "adapter_model.ckpt"
+BIN_NAME = "adapter_model.bin"
 
 _ADAPTER_ENTRY = "msft_peft_adapter"
 
@@ -128,7 +130,7 @@ def read_tensors(
     key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
 ) -> Tensors:
-    """Read the adapter in a directory or Hub repository: the safetensors file, or else the checkpoint.
+    """Read the adapter in a directory or Hub repository: the safetensors file, or the checkpoint, or torch's pickle.
 
     Args:
         source: a directory, or a repository id.
@@ -137,20 +139,17 @@ def read_tensors(
         hub: for `huggingface_hub`.
 
     Raises:
-        FileNotFoundError: neither is there.
-        LoadError: the file is broken; it is named.
+        FileNotFoundError: none of them is there.
+        LoadError: the file is broken, or a pickle that asks for more than tensors; it is named.
     """
-    for filename, read in ((SAFETENSORS_NAME, _read_safetensors), (CKPT_NAME, _read_ckpt)):
+    for filename, read in ((SAFETENSORS_NAME, _read_safetensors), (CKPT_NAME, _read_ckpt), (BIN_NAME, _read_bin)):
         path = fetch(source, filename, subfolder=subfolder, **hub)
         if path is not None:
             return read(path).renamed(key_mapping)
     where = f"{source}/{subfolder}" if subfolder else f"{source}"
-    hint = ""
-    if fetch(source, "adapter_model.bin", subfolder=subfolder, **hub) is not None:
-        hint = (
-            " Its adapter_model.bin is a pickle, which is not read: convert it with HF peft (safe_serialization=True)."
-        )
-    raise FileNotFoundError(f"'{where}' has neither {SAFETENSORS_NAME} nor {CKPT_NAME}, so no adapter weights.{hint}")
+    raise FileNotFoundError(
+        f"'{where}' has no adapter weights: none of {SAFETENSORS_NAME}, {CKPT_NAME} and {BIN_NAME} is there."
+    )
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -183,6 +182,13 @@ def _read_ckpt(path: Path) -> Tensors:
         raise LoadError(f"{path} is no valid MindSpore checkpoint: {error}") from error
     adapter = parameters.pop(_ADAPTER_ENTRY, "default")
     return Tensors(path, {key: to_numpy(value) for key, value in parameters.items()}, str(adapter))
+
+
+def _read_bin(path: Path) -> Tensors:
+    try:
+        return Tensors(path, {key: tensor.numpy() for key, tensor in read_torch(path).items()})
+    except ValueError as error:
+        raise LoadError(str(error)) from error
 
 
 def with_copies_in(tensors: Tensors, config: PeftConfig, model: nn.Cell) -> PeftConfig:

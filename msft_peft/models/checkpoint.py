@@ -1,4 +1,4 @@
-"""Files: HuggingFace folders and Hub repositories, safetensors read and written without torch."""
+"""Files: HuggingFace folders and Hub repositories, read and written without torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from msft_peft.backend.files import replacing
+from msft_peft.backend.torch_pickle import read_torch
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -66,21 +69,25 @@ def resolve_folder(
 
 
 def fetch_checkpoint(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
-    """Return the folder of a whole checkpoint, the paths of its safetensors files, and the other `kwargs`.
+    """Return the folder of a whole checkpoint, the paths of its weights files, and the other `kwargs`.
+
+    safetensors where they are; torch's pickles, of which nothing is run, only where nothing else is.
 
     Raises:
-        FileNotFoundError: there is neither `model.safetensors` nor its index, or a shard is missing.
+        FileNotFoundError: no weights file nor index is there, or a shard is missing.
         ValueError: the index is broken, or names a file outside the folder.
     """
-    folder, rest = resolve_folder(name_or_path, [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE], kwargs)
-    single, index = os.path.join(folder, WEIGHTS_FILE), os.path.join(folder, INDEX_FILE)
-    if os.path.isfile(single):
-        return folder, [single], rest
-    if not os.path.isfile(index):
+    for weights, index in ((WEIGHTS_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE)):
+        folder, rest = resolve_folder(name_or_path, [CONFIG_FILE, weights, index], kwargs)
+        single, index = os.path.join(folder, weights), os.path.join(folder, index)
+        if os.path.isfile(single):
+            return folder, [single], rest
+        if os.path.isfile(index):
+            break
+    else:
         present = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
         raise FileNotFoundError(
-            f"'{folder}' has neither {WEIGHTS_FILE} nor {INDEX_FILE} (found: {present}). Only safetensors are read; "
-            f"save a pickled checkpoint anew with transformers: model.save_pretrained(folder)."
+            f"'{folder}' has no weights: none of {WEIGHTS_FILE}, {BIN_FILE} and their indices (found: {present})."
         )
     names = shard_names(index)
     if not os.path.isdir(os.fspath(name_or_path)):
@@ -93,7 +100,7 @@ def fetch_checkpoint(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) ->
 
 
 def shard_names(index: str) -> list[str]:
-    """Read the sorted file names of `model.safetensors.index.json`.
+    """Read the sorted file names of an index such as `model.safetensors.index.json`.
 
     Raises:
         ValueError: it is not such an index, or a name in it leads out of the folder.
@@ -102,14 +109,33 @@ def shard_names(index: str) -> list[str]:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{index}' is no safetensors index: no readable 'weight_map' ({error!r}).") from error
+        raise ValueError(f"'{index}' is no index of weights: no readable 'weight_map' ({error!r}).") from error
     for name in names:
         inside(os.path.dirname(index), name, f"'{index}'")
     return names
 
 
+class _Pickled:
+    """A pickle of torch's, with what is used here of safetensors' interface."""
+
+    def __init__(self, path: str):
+        self.found = read_torch(path)
+
+    def keys(self) -> list[str]:
+        return list(self.found)
+
+    def get_shape(self, key: str) -> tuple[int, ...]:
+        return self.found[key].shape
+
+    def get_tensor(self, key: str) -> np.ndarray:
+        return self.found[key].numpy()
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
+    if path.endswith(".bin"):
+        yield _Pickled(path)
+        return
     try:
         with safe_open(path, framework="np") as file:
             yield file
@@ -122,8 +148,12 @@ def tensor_shapes(paths: list[str]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in paths:
         with _opened(path) as file:
-            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+            shapes.update({key: _shape(file, key) for key in file.keys()})
     return shapes
+
+
+def _shape(file: Any, key: str) -> tuple[int, ...]:
+    return file.get_shape(key) if isinstance(file, _Pickled) else tuple(file.get_slice(key).get_shape())
 
 
 def tensors(paths: list[str]) -> Iterator[tuple[str, np.ndarray]]:
