@@ -19,6 +19,7 @@ from msft_peft.core.tuner import (
 from msft_peft.errors import (
     AdapterNameError,
     ConfigError,
+    HubError,
     LoadError,
     MergeError,
     NoMatchingPeftModuleError,
@@ -125,6 +126,7 @@ __all__ = [
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
+    "HubError",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",

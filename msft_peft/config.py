@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from msft_peft.backend.files import fetch, write_text
-from msft_peft.errors import ConfigError, PeftWarning
+from huggingface_hub import CommitInfo
+
+from msft_peft.backend.files import write_text
+from msft_peft.backend.hub import Target, fetch
+from msft_peft.errors import ConfigError, HubError, PeftWarning
 
 HF_PEFT_VERSION = "0.21.2"
 CONFIG_NAME = "adapter_config.json"
@@ -96,6 +100,27 @@ class PeftConfig:
         """
         write_text(Path(save_directory) / CONFIG_NAME, self.to_json())
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """Upload `adapter_config.json` alone; see `PeftModel.push_to_hub` for the arguments.
+
+        Raises:
+            HubError: no right to, no network, or a repository that is there and not as `private` says.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            target = Target(repo_id, token, private, revision, create_pr)
+            return target.commit(Path(folder), commit_message or "Upload config", commit_description)
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any], origin: str = "the given dict") -> "PeftConfig":
         """The config that `fields` describe, of the class that their `peft_type` names.
@@ -162,7 +187,7 @@ class PeftConfig:
         where = f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'"
         try:
             path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, HubError) as error:
             raise ConfigError(f"{where}: {error}") from error
         if path is None:
             raise ConfigError(where)

@@ -27,3 +27,7 @@ class LoadError(PeftError, RuntimeError):
 
 class MergeError(PeftError, ValueError):
     """An adapter cannot be merged, or merging it would write non-finite numbers."""
+
+
+class HubError(PeftError, OSError):
+    """The Hub said no, could not be reached, or sent or took a file in part only."""

@@ -1,15 +1,10 @@
-"""Files: whole or not at all, and from a directory or the Hub alike."""
+"""Files: written whole or not at all, and none outside the folder that was named."""
 
 import contextlib
-import inspect
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 
 @contextlib.contextmanager
@@ -44,34 +39,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def fetch(source: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path | None:
-    """The local path of file `name` in a directory or a Hub repository; None if there is no such file.
-
-    Args:
-        source: an existing directory, or a repository id.
-        name: the file's name.
-        subfolder: folder below `source`.
-        hub: passed on to `huggingface_hub.hf_hub_download`.
+def inside(folder: str | os.PathLike, name: str, source: str) -> str:
+    """Join `folder` and a `name` that a file or caller gave.
 
     Raises:
-        TypeError: `hub` holds what that function does not take: a mistyped option, say, or one of torch's.
-        FileNotFoundError: `source` is no directory, and cannot be a repository id or was not found as one.
+        ValueError: the result would lie outside `folder`; `source` says where the name came from.
     """
-    unknown = sorted(set(hub) - set(inspect.signature(hf_hub_download).parameters))
-    if unknown:
-        raise TypeError(
-            f"unexpected keyword arguments {unknown}: beside its own, this takes what huggingface_hub.hf_hub_download "
-            "takes (revision, token, cache_dir, local_files_only, ...)."
+    root, path = os.path.abspath(folder), os.path.abspath(os.path.join(folder, name))
+    if os.path.commonpath([root, path]) != root:
+        raise ValueError(
+            f"{source} names '{name}', which lies outside the folder '{folder}'. Only names inside it are read; "
+            f"do not use this checkpoint before you know why it says so."
         )
-    directory = Path(source)
-    if directory.is_dir():
-        path = directory / (subfolder or "") / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub))
-    except (OSError, ValueError) as error:  # no such file or repository, no network, or no repository id at all
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise FileNotFoundError(
-            f"'{source}' is no directory here, and '{name}' could not be had from the Hub under that name: {error}"
-        ) from error
+    return path

@@ -16,7 +16,8 @@ from mindspore import Tensor, nn
 from safetensors import SafetensorError
 
 from msft_peft.backend.arrays import to_numpy
-from msft_peft.backend.files import fetch, replacing
+from msft_peft.backend.files import replacing
+from msft_peft.backend.hub import fetch
 from msft_peft.backend.torch_pickle import read_torch
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig

@@ -85,7 +85,11 @@ class PeftMixedModel(PeftModel):
             "Saving is not supported for PeftMixedModel (yet). Save each adapter from a PeftModel of its own."
         )
 
-    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> NoReturn:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise NotImplementedError, as `save_pretrained`."""
+        self.save_pretrained("")
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise NotImplementedError, as in HF."""
         raise NotImplementedError("Model card creation is not supported for PeftMixedModel (yet).")
 

@@ -5,14 +5,18 @@ import copy
 import functools
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from huggingface_hub import CommitInfo
 from mindspore import Tensor, nn
 
-from msft_peft.backend.tree import inherit_mode
+from msft_peft.backend.hub import Target
+from msft_peft.backend.tree import Named, inherit_mode
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core import inject, switch
 from msft_peft.core.layer import fixed_in, wrappers
@@ -22,7 +26,7 @@ from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError
 from msft_peft.hosts import model_config
 from msft_peft.io.adapter import embeddings_to_save, read_tensors, save_tensors, with_copies_in
-from msft_peft.io.card import write_card
+from msft_peft.io.card import CARD_NAME, About, write_card
 from msft_peft.io.load import LoadReport, fit
 from msft_peft.io.state import State, taken_from
 from msft_peft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -292,19 +296,101 @@ class PeftModel(nn.Cell):
             LoadError: `state_dict` lacks tensors, or has others of their names; nothing is written.
             NotADirectoryError: the path is a file.
         """
+        if Path(save_directory).is_file():
+            raise NotADirectoryError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = self._names_to_save(safe_serialization, selected_adapters)
+        if not is_main_process:
+            return
+        plan = self._plan_files(names, save_embedding_layers, state_dict, path_initial_model_for_weight_conversion)
+        self._write_files(Path(save_directory), plan)
+        write_card(Path(save_directory), self._about(plan))
+
+    def create_or_update_model_card(
+        self, output_dir: str | os.PathLike, metrics: Mapping[str, float] | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        """Write README.md, or bring the metadata and results of the one that is there up to date.
+
+        Args:
+            output_dir: made if it is not there.
+            metrics: results to tell, by name; they replace those that were told before.
+            tags: further tags for the Hub.
+        """
+        about = self._about(self._plan_files(sorted(self.peft_config)))
+        write_card(Path(output_dir), replace(about, metrics=metrics or {}, tags=[*about.tags, *tags]))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        tags: Sequence[str] = (),
+        metrics: Mapping[str, float] | None = None,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes, in one commit: all of it is on the Hub afterwards, or nothing.
+
+        The repository is made if it is not there. The text of a README.md that it has is kept.
+
+        Args:
+            repo_id: "owner/name", or a name in one's own account.
+            commit_message, commit_description: of the commit.
+            private: of a new repository.
+            token: who one is; default: who is logged in.
+            create_pr: open a pull request instead.
+            revision: a branch, made if it is not there; default: main.
+            tags, metrics: see `create_or_update_model_card`.
+            safe_serialization, selected_adapters, save_embedding_layers, path_initial_model_for_weight_conversion: see
+                `save_pretrained`.
+
+        Returns:
+            The commit; with `pr_url` where a pull request was opened.
+
+        Raises:
+            AdapterNameError: a selected adapter is not there.
+            HubError: no right to, no network, or a repository that is there and not as `private` says.
+
+        Differs: HF's also takes options that do nothing for adapters (`max_shard_size`, `use_temp_dir`).
+        """
+        names = self._names_to_save(safe_serialization, selected_adapters)
+        plan = self._plan_files(names, save_embedding_layers, None, path_initial_model_for_weight_conversion)
+        about = self._about(plan)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self._write_files(folder, plan)
+            target = Target(repo_id, token, private, revision, create_pr)
+            target.copy(CARD_NAME, folder)
+            told = replace(about, where=target.repo_id, metrics=metrics or {}, tags=[*about.tags, *tags])
+            write_card(folder, told)
+            return target.commit(folder, commit_message or "Upload model", commit_description)
+
+    def _names_to_save(self, safe_serialization: bool, selected: list[str] | None) -> list[str]:
+        """The adapters to save, which are all there."""
         if not safe_serialization:
             raise NotImplementedError("safe_serialization=False (torch pickles) is not written; leave it at True")
-        names = sorted(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
+        names = sorted(self.peft_config) if selected is None else list(selected)
+        if any(name not in self.peft_config for name in names):
             raise AdapterNameError(
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{sorted(self.peft_config)} - got {names}."
             )
-        if Path(save_directory).is_file():
-            raise NotADirectoryError(f"Provided path ({save_directory}) should be a directory, not a file")
-        if not is_main_process:
-            return
+        return names
+
+    def _plan_files(
+        self,
+        names: list[str],
+        save_embedding_layers: bool | str = False,
+        state_dict: State | None = None,
+        initial: str | os.PathLike | None = None,
+    ) -> dict[str, tuple[dict[str, Named], PeftConfig]]:
+        """What the files of each adapter are to hold: its tensors, and its config as it is saved."""
         base = self.get_base_model()
         plan = {}
         for name in names:
@@ -313,17 +399,28 @@ class PeftModel(nn.Cell):
             beside = embeddings_to_save(base, adapter, save_embedding_layers)
             if state_dict is not None:
                 entries, beside = taken_from(state_dict, entries), taken_from(state_dict, beside)
-            if path_initial_model_for_weight_conversion is not None:
-                entries, config = as_plain_lora(adapter, entries, path_initial_model_for_weight_conversion)
-            plan[name] = entries | beside, config
+            if initial is not None:
+                entries, config = as_plain_lora(adapter, entries, initial)
+            plan[name] = entries | beside, self._config_to_save(config)
+        return plan
+
+    def _write_files(self, folder: Path, plan: Mapping[str, tuple[dict[str, Named], PeftConfig]]) -> None:
         for name, (entries, config) in plan.items():
-            directory = Path(save_directory) / ("" if name == ROOT_ADAPTER else name)
+            directory = folder / ("" if name == ROOT_ADAPTER else name)
             save_tensors(directory, name, entries)
-            self._config_to_save(config).save_pretrained(directory)
-        size = sum(math.prod(named.shape) for entries, _ in plan.values() for named in entries.values())
-        method = str(self.peft_config[names[0]].peft_type) if names else "PEFT"
-        tags = ["transformers"] if "_name_or_path" in model_config(base) else []
-        write_card(Path(save_directory), self._base_name(), method, size, tags, self._pipeline_tag)
+            config.save_pretrained(directory)
+
+    def _about(self, plan: Mapping[str, tuple[dict[str, Named], PeftConfig]]) -> About:
+        """What the model card tells."""
+        kind = type(self)
+        return About(
+            config=next((config for _, config in plan.values()), None),
+            base=self._base_name(),
+            trained=sum(math.prod(named.shape) for entries, _ in plan.values() for named in entries.values()),
+            auto=None if kind._task is None else f"Auto{kind.__name__}",
+            pipeline=self._pipeline_tag,
+            tags=["transformers"] if "_name_or_path" in model_config(self.get_base_model()) else [],
+        )
 
     @classmethod
     def from_pretrained(

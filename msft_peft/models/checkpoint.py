@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from msft_peft.backend.files import replacing
+from msft_peft.backend.files import inside, replacing
+from msft_peft.backend.hub import fetch_folder
 from msft_peft.backend.torch_pickle import read_torch
 
 CONFIG_FILE = "config.json"
@@ -23,21 +24,6 @@ INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-
-
-def inside(folder: str, name: str, source: str) -> str:
-    """Join `folder` and a `name` that a file or caller gave.
-
-    Raises:
-        ValueError: the result would lie outside `folder`; `source` says where the name came from.
-    """
-    root, path = os.path.abspath(folder), os.path.abspath(os.path.join(folder, name))
-    if os.path.commonpath([root, path]) != root:
-        raise ValueError(
-            f"{source} names '{name}', which lies outside the folder '{folder}'. Only names inside it are read; "
-            f"do not use this checkpoint before you know why it says so."
-        )
-    return path
 
 
 def resolve_folder(
@@ -51,7 +37,8 @@ def resolve_folder(
         kwargs: may hold `HUB_OPTIONS`, as in `huggingface_hub.snapshot_download`, and `subfolder`.
 
     Raises:
-        FileNotFoundError: the name looks like a local path, and there is no such folder.
+        FileNotFoundError: the name looks like a local path, and there is no such folder; or the Hub has no such model.
+        HubError: it could not be had from the Hub.
     """
     rest = dict(kwargs)
     options = {key: rest.pop(key) for key in HUB_OPTIONS if key in rest}
@@ -60,10 +47,8 @@ def resolve_folder(
     if not os.path.isdir(name):
         if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.exists(name):
             raise FileNotFoundError(f"'{name}' is no folder. Give a folder that holds {CONFIG_FILE}, or a Hub id.")
-        from huggingface_hub import snapshot_download  # slow to import, and needed only for Hub ids
-
         prefix = f"{subfolder}/" if subfolder else ""
-        name = snapshot_download(name, allow_patterns=[prefix + pattern for pattern in patterns], **options)
+        name = fetch_folder(name, [prefix + pattern for pattern in patterns], **options)
     folder = inside(name, subfolder, "subfolder=") if subfolder else name
     return folder, rest
 

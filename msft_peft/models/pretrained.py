@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import mindspore as ms
 import numpy as np
+from huggingface_hub import CommitInfo
 from mindspore import Parameter, nn
 from mindspore.common.np_dtype import bfloat16
 from mindspore.nn.utils import no_init_parameters
 
 from msft_peft.backend.arrays import as_float32
+from msft_peft.backend.hub import Target
 from msft_peft.models.checkpoint import fetch_checkpoint, tensor_shapes, tensors, write_tensors
 from msft_peft.models.config import ModelConfig
 
@@ -117,6 +121,35 @@ class PreTrainedModel(nn.Cell):
         arrays = {name: parameter.asnumpy() for name, parameter in self.parameters_and_names()}
         write_tensors(arrays, folder)
         self.config.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes, in one commit: all of it is on the Hub afterwards, or nothing.
+
+        Args:
+            repo_id: "owner/name", or a name in one's own account; made if it is not there.
+            commit_message, commit_description: of the commit.
+            private: of a new repository.
+            token: who one is; default: who is logged in.
+            create_pr: open a pull request instead.
+            revision: a branch, made if it is not there; default: main.
+
+        Raises:
+            HubError: no right to, no network, or a repository that is there and not as `private` says.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            target = Target(repo_id, token, private, revision, create_pr)
+            return target.commit(Path(folder), commit_message or "Upload model", commit_description)
 
     @property
     def base_model(self) -> nn.Cell:

@@ -4,7 +4,6 @@ import json
 import stat
 import warnings
 
-import huggingface_hub
 import mindspore as ms
 import numpy as np
 import pytest
@@ -313,7 +312,7 @@ def test_hub_ids_go_to_the_hub(folder, monkeypatch):
         calls.append((repo, allow_patterns, options))
         return str(folder)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("msft_peft.backend.hub.snapshot_download", snapshot_download)
     model = models.AutoModelForCausalLM.from_pretrained("someone/model", revision="v1", token="t", rope_theta=5e5)
     assert (model.name_or_path, model.config.rope_theta) == ("someone/model", 5e5)
     assert {(repo, options["revision"], options["token"]) for repo, _, options in calls} == {

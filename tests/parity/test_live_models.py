@@ -358,8 +358,11 @@ def test_the_same_config_and_keys(name, checkpoints, tmp_path):
     a, b = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors")[0] for who in ("ours", "theirs"))
     assert {key: value[:2] for key, value in a.items()} == {key: value[:2] for key, value in b.items()}
     cards = [(tmp_path / who / "README.md").read_text().split("---")[1] for who in ("ours", "theirs")]
-    tagged = [[line for line in card.splitlines() if line != "- mindspore"] for card in cards]
-    assert sorted(tagged[0]) == sorted(tagged[1])
+    # A folder here is no model on the Hub, which refuses it as base_model: HF writes it all the same.
+    told = [
+        [line for line in card.splitlines() if str(folder) not in line and line != "- mindspore"] for card in cards
+    ]
+    assert sorted(told[0]) == sorted(told[1])
 
 
 def layers(model, layer_class) -> dict[str, tuple[int, float]]:

@@ -15,7 +15,8 @@ from mindspore import nn
 
 import msft_peft
 from msft_peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
-from msft_peft.backend.files import fetch, replacing, write_text
+from msft_peft.backend.files import replacing, write_text
+from msft_peft.backend.hub import fetch
 from msft_peft.core import inject
 from msft_peft.core.layer import wrappers
 from tests import nets
@@ -258,6 +259,46 @@ def test_a_card_that_is_there_keeps_its_text(tmp_path: Path):
     assert {"mine", "lora"} <= set(card.data.tags)
     again = (tmp_path / "README.md").read_bytes()
     saved_card(tmp_path, _name_or_path="some/model")
+    assert (tmp_path / "README.md").read_bytes() == again
+
+
+def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path: Path):
+    base = nets.Blocks()
+    base.config = {"_name_or_path": "some/model"}
+    config = LoraConfig(use_dora=True, task_type="CAUSAL_LM", **Q)
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    trained = sum(p.size for p in model.trainable_params())
+    assert f"A LORA adapter for CAUSAL_LM of **{trained:,}** weights" in text
+    for row in (
+        f"| r | {config.r} |",
+        f"| target_modules | {', '.join(config.target_modules)} |",
+        "| use_dora | True |",
+    ):
+        assert row in text
+    assert "lora_dropout" not in text
+    for library in ("msft_peft", "peft"):
+        assert f"from {library} import AutoPeftModelForCausalLM" in text
+
+
+def test_the_results_in_a_card_are_replaced(tmp_path: Path):
+    model = get_peft_model(nets.Blocks(), LoraConfig(**Q))
+    model.create_or_update_model_card(tmp_path, metrics={"loss": 1.25}, tags=["mine"])
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "## Results\n\n| metric | value |\n|---|---|\n| loss | 1.25 |" in card.text
+    assert "mine" in card.data.tags
+    for _ in range(2):
+        model.create_or_update_model_card(tmp_path, metrics={"f1|macro": 0.5, "steps": 3})
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.text.count("## Results") == 1
+        assert "| f1\\|macro | 0.5 |\n| steps | 3 |" in card.text
+        assert "1.25" not in card.text
+        assert "### Framework versions" in card.text
+        assert card.data.metrics == ["f1|macro", "loss", "steps"]
+    again = (tmp_path / "README.md").read_bytes()
+    model.create_or_update_model_card(tmp_path, metrics={"f1|macro": 0.5, "steps": 3})
     assert (tmp_path / "README.md").read_bytes() == again
 
 
