@@ -1,5 +1,7 @@
 """HuggingFace's PEFT API over MindSpore: `from msft_peft import LoraConfig, get_peft_model`."""
 
+from typing import TYPE_CHECKING, Any
+
 from msft_peft import (
     tuners,
 )
@@ -22,6 +24,7 @@ from msft_peft.errors import (
     HubError,
     LoadError,
     MergeError,
+    NoBaseModelError,
     NoMatchingPeftModuleError,
     PeftError,
     PeftWarning,
@@ -112,6 +115,17 @@ from msft_peft.tuners.oft import (
     OFTConfig,
 )
 
+if TYPE_CHECKING:
+    from msft_peft.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+
 discover(tuners)
 PeftType = peft_types()
 
@@ -119,6 +133,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterNameError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "ConfigError",
     "CordaConfig",
     "DeloraConfig",
@@ -139,6 +160,7 @@ __all__ = [
     "LoraRuntimeConfig",
     "MergeError",
     "MissConfig",
+    "NoBaseModelError",
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "PeftConfig",
@@ -184,3 +206,12 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # They bring all reference models with them.
+    if name in __all__ and name.startswith("AutoPeft"):
+        from msft_peft import auto
+
+        return getattr(auto, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

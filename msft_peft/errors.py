@@ -31,3 +31,7 @@ class MergeError(PeftError, ValueError):
 
 class HubError(PeftError, OSError):
     """The Hub said no, could not be reached, or sent or took a file in part only."""
+
+
+class NoBaseModelError(PeftError, LookupError):
+    """No library that is installed has the base model of an adapter; the message says which were asked."""

@@ -20,6 +20,7 @@ from msft_peft.backend.arrays import as_float32
 from msft_peft.backend.hub import Target
 from msft_peft.models.checkpoint import fetch_checkpoint, tensor_shapes, tensors, write_tensors
 from msft_peft.models.config import ModelConfig
+from msft_peft.models.resizing import resize_rows
 
 _NUMPY = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: bfloat16}
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # TensorFlow's, in old BERTs
@@ -177,6 +178,39 @@ class PreTrainedModel(nn.Cell):
     def get_output_embeddings(self) -> nn.Cell | None:
         """Return the Cell that turns vectors into scores over the vocabulary, or None."""
         return None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Cell:
+        """Give the vocabulary another size: the embedding, the head over it, tied or not, and `config.vocab_size`.
+
+        Optimizers and gradient functions that were built before know the old weights: build them anew.
+
+        Args:
+            new_num_tokens: how many tokens; None leaves it as it is.
+            pad_to_multiple_of: round that up.
+            mean_resizing: new tokens begin as the mean of all others; otherwise they are drawn from
+                N(0, initializer_range²).
+
+        Returns:
+            The embedding layer.
+
+        Raises:
+            ValueError: fewer than one token, or adapters are on the layers.
+
+        Differs: HF adds a little noise to the mean.
+        """
+        table, now = self.get_input_embeddings(), self.config.get("vocab_size")
+        size = now if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size < 1:
+            raise ValueError(f"resize_token_embeddings: {size} tokens; there must be at least one.")
+        if size != now:
+            std = None if mean_resizing else self.config.initializer_range
+            resize_rows(self, table, self.get_output_embeddings(), size, std)
+            self.config.update({"vocab_size": size})
+        return table
 
     def _fill(self, paths: list[str], dtype: ms.Type | None, resize_heads: bool) -> None:
         """Give every weight its value from the files, after all keys and shapes were checked."""

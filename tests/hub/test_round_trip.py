@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants
 
-from msft_peft import HubError, LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from msft_peft import (
+    AutoPeftModelForCausalLM,
+    HubError,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+)
 from msft_peft.models import AutoModelForCausalLM
 from tests import nets
 from tests.hub.conftest import point_at
@@ -156,6 +164,9 @@ def test_reference_models(hub: Hub):
     card = ModelCard(hub.files("ada/tiny-lora")["README.md"].decode())
     assert card.data.base_model == "ada/tiny"
     assert card.text.count('AutoPeftModelForCausalLM.from_pretrained("ada/tiny-lora")') == 2
+    # The repository is private, and so is what the card says to do.
+    again = AutoPeftModelForCausalLM.from_pretrained("ada/tiny-lora", token="hf_ada")
+    assert again.get_base_model().name_or_path == "ada/tiny"
 
 
 def test_the_cache_serves_when_the_hub_is_not_asked(hub: Hub):

@@ -26,9 +26,9 @@ STACK = (
 )
 # These stand beside the stack, and know nothing of it but its lowest line.
 ASIDE = {"delta", "graph", "models"}
-# The package's own __init__, HF's `functional` and the command line are the roof: they may import anything, and nobody
-# imports them.
-ROOF = {"", "__main__", "cli", "functional"}
+# The package's own __init__, HF's `functional`, the Auto classes and the command line are the roof: they may import
+# anything, and nobody below imports them.
+ROOF = {"", "__main__", "auto", "cli", "functional"}
 # A method may be built from a delta Cell, so that its math stands once; any layer may raise our errors.
 EXTRA = {("tuners", "delta"), ("prompts", "delta"), ("backend", "errors")}
 
