@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from msft_peft.backend.files import inside, replacing
+from msft_peft.backend.files import inside, replacing, write_text
 from msft_peft.backend.hub import fetch_folder
 from msft_peft.backend.torch_pickle import read_torch
 
@@ -149,7 +150,72 @@ def tensors(paths: list[str]) -> Iterator[tuple[str, np.ndarray]]:
                 yield key, file.get_tensor(key)
 
 
-def write_tensors(arrays: dict[str, np.ndarray], folder: str | os.PathLike) -> None:
-    """Write `model.safetensors` into `folder`, atomically, in the form that transformers reads."""
-    with replacing(Path(folder) / WEIGHTS_FILE) as path:
-        save_file(arrays, path, metadata={"format": "pt"})
+def write_tensors(arrays: dict[str, np.ndarray], folder: str | os.PathLike, max_shard_size: int) -> None:
+    """Write `model.safetensors` into `folder`, or numbered shards and their index where it would be too large.
+
+    In the form that transformers reads, each file whole or not at all, the index last. Files of an earlier checkpoint
+    of another number of shards are removed: a reader would take them for this one's.
+
+    Args:
+        arrays: the tensors by HF's keys.
+        folder: made if it is not there.
+        max_shard_size: bytes in a file; a larger tensor has a file of its own.
+    """
+    shards = _in_shards(arrays, max_shard_size)
+    names = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        with replacing(Path(folder) / name) as path:
+            save_file({key: np.ascontiguousarray(arrays[key]) for key in shard}, path, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(array.nbytes for array in arrays.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
+        }
+        write_text(Path(folder) / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    old = [path for path in Path(folder).iterdir() if _SHARD.fullmatch(path.name) and path.name not in names]
+    if len(shards) == 1:
+        old.append(Path(folder) / INDEX_FILE)
+    elif (Path(folder) / WEIGHTS_FILE).is_file():
+        old.append(Path(folder) / WEIGHTS_FILE)
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05}-of-{count:05}.safetensors"
+
+
+def _in_shards(arrays: dict[str, np.ndarray], limit: int) -> list[list[str]]:
+    """The keys, in order, for each file."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, array in arrays.items():
+        if shards[-1] and size + array.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += array.nbytes
+    return shards
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def as_bytes(size: int | str) -> int:
+    """A number of bytes, or HF's way to write one: "5GB" (10⁹), "300MiB" (2²⁰).
+
+    Raises:
+        ValueError: it is none, or not above zero.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", str(size).strip(), re.IGNORECASE)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    try:
+        count = int(float(match[1]) * unit) if match and unit else 0
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"a size must be a number of bytes, with a unit or without, such as '5GB'; got {size!r}")
+    return count

@@ -18,7 +18,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from msft_peft.backend.arrays import as_float32
 from msft_peft.backend.hub import Target
-from msft_peft.models.checkpoint import fetch_checkpoint, tensor_shapes, tensors, write_tensors
+from msft_peft.models.checkpoint import as_bytes, fetch_checkpoint, tensor_shapes, tensors, write_tensors
 from msft_peft.models.config import ModelConfig
 from msft_peft.models.resizing import resize_rows
 
@@ -109,18 +109,27 @@ class PreTrainedModel(nn.Cell):
         model.set_train(False)
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:
         """Write `config.json` and `model.safetensors` with HF's keys, atomically; transformers reads them.
+
+        Args:
+            folder: made if it is not there.
+            max_shard_size: bytes, or "300MB"; larger checkpoints are written as several files and their index.
+            kwargs: `safe_serialization`, which is always on.
 
         Raises:
             TypeError: an argument that this function does not have.
+            ValueError: `max_shard_size` is no size.
         """
         kwargs.pop("safe_serialization", None)
         if kwargs:
-            raise TypeError(f"save_pretrained got {sorted(kwargs)}, which it does not have; it takes only a folder.")
+            raise TypeError(
+                f"save_pretrained got {sorted(kwargs)}, which it does not have; it takes a folder and max_shard_size."
+            )
+        limit = as_bytes(max_shard_size)
         self.config.architectures = [type(self).__name__]
         arrays = {name: parameter.asnumpy() for name, parameter in self.parameters_and_names()}
-        write_tensors(arrays, folder)
+        write_tensors(arrays, folder, limit)
         self.config.save_pretrained(folder)
 
     def push_to_hub(

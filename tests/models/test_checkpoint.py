@@ -338,3 +338,25 @@ def test_loading_copies_no_weight_twice(tmp_path):
         loaded = models.AutoModelForCausalLM.from_pretrained(tmp_path)
     views = {array.__array_interface__["data"][0] for array in read}
     assert {p.asnumpy().__array_interface__["data"][0] for p in loaded.get_parameters()} == views
+
+
+def test_large_checkpoints_are_written_in_shards(tmp_path):
+    model = tiny.decoder()
+    model.save_pretrained(tmp_path)
+    whole = {p.name: p.asnumpy() for p in models.AutoModelForCausalLM.from_pretrained(tmp_path).get_parameters()}
+    for size in ("8KB", 3000, "12.5 kib"):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        names = {path.name for path in tmp_path.iterdir()}
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert names == {"config.json", "model.safetensors.index.json", *index["weight_map"].values()}
+        assert len(names) > 4
+        assert index["metadata"]["total_size"] == sum(array.nbytes for array in whole.values())
+        loaded = models.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert all(np.array_equal(p.asnumpy(), whole[p.name]) for p in loaded.get_parameters())
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for size in ("", "five", "0", -1, "5XB", "1.2.3GB", None):
+        with pytest.raises(ValueError, match="a size must be a number of bytes"):
+            model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
