@@ -134,6 +134,9 @@ _LAYERS = (
 
 def describe(cell: nn.Cell, path: str) -> Site | None:
     """The Site that `cell` is, or None if it is no layer that can be tuned."""
+    # MindPet's delta Cells are dense layers that do more than to apply their weight: an update of it would not be all.
+    if any(name.startswith("mindpet_delta_") for name in (*cell._params, *cell._cells)):
+        return None
     for classes, build in _LAYERS:
         if isinstance(cell, classes):
             return build(cell, path)
