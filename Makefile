@@ -47,8 +47,15 @@ endef
 .venv-parity/.has-test: $(PINS)
 	$(call install,.venv-parity,test$(comma)parity,parity)
 
+# No environment of its own, but a folder of packages beside another: MindPet's requirements are long out of date.
+.venv-mindpet/.done: .venv-2.7.2/.has-test requirements/mindpet.txt
+	@rm -rf .venv-mindpet
+	@.venv-2.7.2/bin/python -m pip install -qq --disable-pip-version-check --no-deps --target .venv-mindpet \
+	  --requirement requirements/mindpet.txt
+	@touch $@
+
 .PRECIOUS: .venv/.has-% .venv-2.7.2/.has-%
-.PHONY: help quickstart test parity test-2.7.2 lint fmt types notebooks bench check build clean
+.PHONY: help quickstart test parity test-2.7.2 test-mindpet lint fmt types notebooks bench check build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +71,9 @@ parity: .venv-parity/.has-test ## compare with HF peft on torch, live
 
 test-2.7.2: .venv-2.7.2/.has-test ## run the tests on MindSpore 2.7.2
 	.venv-2.7.2/bin/python -m pytest -m "not parity" -n $(WORKERS) $(ARGS)
+
+test-mindpet: .venv-mindpet/.done ## compare the delta Cells with MindPet's own package
+	PYTHONPATH=.venv-mindpet .venv-2.7.2/bin/python -m pytest tests/beside_mindpet -n $(WORKERS) $(ARGS)
 
 lint: .venv/.has-dev ## check style and formatting
 	$(BIN)/ruff check
@@ -89,5 +99,5 @@ build: .venv/.has-dev ## make the wheel and the source archive in dist/
 	$(BIN)/python -m build
 
 clean: ## remove the environments and everything else that was made
-	rm -rf .venv .venv-2.7.2 .venv-parity build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-2.7.2 .venv-mindpet .venv-parity build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
