@@ -66,6 +66,12 @@ from msft_peft.registry import (
     get_peft_config,
     peft_types,
 )
+from msft_peft.tuners.bitfit import (
+    BitFitConfig,
+)
+from msft_peft.tuners.bottleneck_adapter import (
+    BottleneckAdapterConfig,
+)
 from msft_peft.tuners.delora import (
     DeloraConfig,
 )
@@ -108,11 +114,17 @@ from msft_peft.tuners.lora.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from msft_peft.tuners.low_rank_adapter import (
+    LowRankAdapterConfig,
+)
 from msft_peft.tuners.miss import (
     MissConfig,
 )
 from msft_peft.tuners.oft import (
     OFTConfig,
+)
+from msft_peft.tuners.r_drop import (
+    WithRDropLoss,
 )
 
 if TYPE_CHECKING:
@@ -140,6 +152,8 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BitFitConfig",
+    "BottleneckAdapterConfig",
     "ConfigError",
     "CordaConfig",
     "DeloraConfig",
@@ -158,6 +172,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "LowRankAdapterConfig",
     "MergeError",
     "MissConfig",
     "NoBaseModelError",
@@ -179,6 +194,7 @@ __all__ = [
     "Tuner",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "WithRDropLoss",
     "cast_mixed_precision_params",
     "check_hotswap_configs_compatible",
     "check_if_peft_model",

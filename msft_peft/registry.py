@@ -22,6 +22,8 @@ class Method:
         variants: other Patch classes by kind of layer, by the name of the variant (`config.variant`).
         default_targets: usual target layers by the base model's `model_type`.
         settle: (copied config, the base model's config) -> None: fills in what depends on the architecture.
+        find_targets: (config, the base model's `model_type`, Sites by path) -> the targets of a config that names
+            none, or None where they are not known; in the place of `default_targets`.
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         merges: its weights can be folded into the base weights.
         mixed: may be active beside another method in one model.
@@ -35,6 +37,7 @@ class Method:
     variants: Mapping[str, Mapping[str, type]] = field(default_factory=dict)
     default_targets: Mapping[str, list[str] | str] = field(default_factory=dict)
     settle: Callable[[Any, Mapping[str, Any]], None] | None = None
+    find_targets: Callable[..., list[str] | str | None] | None = None
     identity_at_init: bool = True
     merges: bool = True
     mixed: bool = False

@@ -51,14 +51,17 @@ def resolve_targets(
     targets = config.target_modules
     if targets is None:
         model_type = str(model_config(model).get("model_type"))
-        if model_type not in method.default_targets and getattr(config, "target_parameters", None):
+        targets = method.default_targets.get(model_type)
+        if method.find_targets is not None:
+            targets = method.find_targets(config, model_type, _sites(cells))
+        if targets is None and getattr(config, "target_parameters", None):
             return []
-        if model_type not in method.default_targets:
+        if targets is None:
+            sites = {path: site for path, site in _sites(cells).items() if site.kind in method.patches}
             raise ConfigError(
                 f"Please specify `target_modules` in `peft_config`: no default is known for {type(model).__name__} "
-                f"(model_type={model_type!r}). Its layers that {method.name} can adapt: {_summary(_sites(cells))}."
+                f"(model_type={model_type!r}). Its layers that {method.name} can adapt: {_summary(sites)}."
             )
-        targets = method.default_targets[model_type]
         return targets if isinstance(targets, str) else list(targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)

@@ -33,7 +33,8 @@ class RDropLoss(nn.Cell):
             _check_alpha(alpha)
         _check_rows(logits.shape[0])
         labels = label_ids if label_ids.ndim == logits.ndim else ops.reshape(label_ids, (-1,))
-        return ops.cross_entropy(logits, labels) + symmetric_divergence(logits) / 4 * alpha
+        divergence = ops.reduce_sum(pair_divergence(ops.log_softmax(logits, -1)))
+        return ops.cross_entropy(logits, labels) + divergence / 4 * alpha
 
 
 # Compiled code cannot raise these errors itself; what is marked so runs while it is being compiled.
@@ -49,12 +50,12 @@ def _check_rows(rows: int) -> None:
         raise DeltaValueError(f"RDropLoss: logits must hold each example twice (see rdrop_repeat), got {rows} rows")
 
 
-def symmetric_divergence(logits: Tensor) -> Tensor:
-    """Σᵢ KL(pᵢ ‖ qᵢ) + KL(qᵢ ‖ pᵢ), with p and q the softmax of rows 2i and 2i + 1 of `logits` (2·B, classes)."""
-    log_p = ops.log_softmax(ops.reshape(logits, (-1, 2, logits.shape[-1])), -1)
-    first, second = log_p[:, 0], log_p[:, 1]
-    # KL(p ‖ q) + KL(q ‖ p) = Σ (p − q)·(log p − log q)
-    return ops.reduce_sum((ops.exp(first) - ops.exp(second)) * (first - second))
+def pair_divergence(log_p: Tensor) -> Tensor:
+    """KL(p ‖ q) + KL(q ‖ p) of each pair of neighbouring rows: log-probabilities (2·B, ..., classes) -> (B, ...)."""
+    pairs = ops.reshape(log_p, (-1, 2, *log_p.shape[1:]))
+    first, second = pairs[:, 0], pairs[:, 1]
+    # Both sums in one: Σ (p − q)·(log p − log q)
+    return ops.reduce_sum((ops.exp(first) - ops.exp(second)) * (first - second), -1)
 
 
 def rdrop_repeat(*items: Tensor) -> tuple[Tensor, ...]:

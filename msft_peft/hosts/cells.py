@@ -18,16 +18,17 @@ class Site:
 
     Attributes:
         path: dotted path below the model's root.
-        kind: "dense", "embedding", "conv1d", "conv2d", "conv3d", or "parameter" for one that no layer applies.
+        kind: "dense", "embedding", "conv1d", "conv2d", "conv3d", "norm", or "parameter" for one that no layer applies.
         in_features, out_features: channels; for an embedding, the vocabulary and the dimension.
         shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...); a
             parameter's own.
         op: applies a weight of that layout as the layer applies its own, see `backend.ops`.
         layer: the Cell itself. A Site is no Cell, so nothing below it shows up twice in the tree; compiled code reads
             its parameters all the same.
-        weight_name: the attribute that holds the weight.
+        weight_name, bias_name: the attributes that hold the weight and the bias.
         transposed: the layer stores (in, out) (GPT-2's `Conv1D`).
         groups: of a convolution.
+        channel_axis: the axis of the layer's outputs that its bias goes with.
         activation: what a `nn.Dense` applies after its bias; a delta must go in before it.
     """
 
@@ -39,8 +40,10 @@ class Site:
     op: nn.Cell
     layer: nn.Cell = field(repr=False, compare=False)
     weight_name: str = "weight"
+    bias_name: str = "bias"
     transposed: bool = False
     groups: int = 1
+    channel_axis: int = -1
     activation: nn.Cell | None = None
 
     @property
@@ -61,7 +64,7 @@ class Site:
     @property
     def bias(self) -> Parameter | None:
         """The layer's own bias, if it has one. Where it may be trained, compiled code must read `layer.bias`."""
-        return getattr(self.layer, "bias", None)
+        return getattr(self.layer, self.bias_name, None)
 
     def from_storage(self, w: Tensor) -> Tensor:
         """A weight as the layer stores it -> torch's layout."""
@@ -122,13 +125,40 @@ def _conv(cell: nn.Cell, path: str) -> Site:
         op,
         cell,
         groups=cell.group,
+        channel_axis=1,
     )
+
+
+def _norm(cell: nn.Cell, path: str) -> Site | None:
+    gamma = "gamma" in cell._params
+    weight, bias = ("gamma", "beta") if gamma else ("weight", "bias")
+    if cell._params.get(weight) is None:
+        return None
+    shape = tuple(cell._params[weight].shape)
+    axis = -1 if isinstance(cell, _LAYER_NORMS) else 1
+    return Site(
+        path,
+        "norm",
+        shape[-1],
+        shape[-1],
+        shape,
+        DenseOp(),
+        cell,
+        weight_name=weight,
+        bias_name=bias,
+        channel_axis=axis,
+    )
+
+
+_LAYER_NORMS = (nn.LayerNorm, mint.nn.LayerNorm)
+_CHANNEL_NORMS = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 _LAYERS = (
     ((nn.Dense, mint.nn.Linear), _dense),
     ((nn.Embedding, mint.nn.Embedding), _embedding),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    ((*_LAYER_NORMS, *_CHANNEL_NORMS), _norm),
 )
 
 

@@ -121,7 +121,9 @@ def read_the_base(model: nn.Cell) -> bool:
 
 
 def act_in_turn(model: nn.Cell) -> bool:
-    """Whether the order of several active adapters matters: one of them changes what the others did."""
+    """Whether the order of several active adapters matters: one of them changes what the others did, or is no sum."""
+    if not all(METHODS[str(config.peft_type)].merges for config in model.peft_config.values()):
+        return True
     patches = [patch for layer in layers_of(model) for patch in layer.adapters.values()]
     return any(patch.reads_base or patch.reweighs or type(patch).before is not Patch.before for patch in patches)
 

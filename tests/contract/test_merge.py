@@ -13,7 +13,9 @@ from tests.tolerances import array, assert_same, differ
 
 
 def base_weights(model: PeftModel) -> list[Any]:
-    return [array(layer.weight) for layer in layers_of(model)]
+    """Weight and bias of each adapted layer, in one: a method may change either."""
+    parts = [[array(p).ravel() for p in (layer.weight, layer.bias) if p is not None] for layer in layers_of(model)]
+    return [np.concatenate(some) for some in parts]
 
 
 def cells_of(net: nn.Cell) -> dict[str, int]:
