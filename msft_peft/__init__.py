@@ -35,6 +35,10 @@ from msft_peft.io.adapter import (
 from msft_peft.io.load import (
     LoadReport,
 )
+from msft_peft.io.pet_config import (
+    from_pet_config,
+    to_pet_config,
+)
 from msft_peft.io.state import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
@@ -200,6 +204,7 @@ __all__ = [
     "check_if_peft_model",
     "convert_to_lora",
     "disable_input_dtype_casting",
+    "from_pet_config",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -221,6 +226,7 @@ __all__ = [
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "to_pet_config",
 ]
 
 
