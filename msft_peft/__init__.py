@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from msft_peft import (
+    prompts,
     tuners,
 )
 from msft_peft.config import (
     PeftConfig,
+    PromptLearningConfig,
     TaskType,
 )
 from msft_peft.core.inject import (
@@ -64,6 +66,29 @@ from msft_peft.model import (
     get_peft_model,
     prepare_model_for_gradient_checkpointing,
     prepare_model_for_kbit_training,
+)
+from msft_peft.prompts.cpt import (
+    CPTConfig,
+    CPTEmbedding,
+)
+from msft_peft.prompts.multitask_prompt_tuning import (
+    MultitaskPromptEmbedding,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+)
+from msft_peft.prompts.p_tuning import (
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+)
+from msft_peft.prompts.prefix_tuning import (
+    PrefixEncoder,
+    PrefixTuningConfig,
+)
+from msft_peft.prompts.prompt_tuning import (
+    PromptEmbedding,
+    PromptTuningConfig,
+    PromptTuningInit,
 )
 from msft_peft.registry import (
     discover,
@@ -143,6 +168,7 @@ if TYPE_CHECKING:
     )
 
 discover(tuners)
+discover(prompts)
 PeftType = peft_types()
 
 __version__ = "0.1.0"
@@ -158,6 +184,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "BottleneckAdapterConfig",
+    "CPTConfig",
+    "CPTEmbedding",
     "ConfigError",
     "CordaConfig",
     "DeloraConfig",
@@ -179,6 +207,9 @@ __all__ = [
     "LowRankAdapterConfig",
     "MergeError",
     "MissConfig",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "NoBaseModelError",
     "NoMatchingPeftModuleError",
     "OFTConfig",
@@ -194,6 +225,15 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "TaskType",
     "Tuner",
     "TunerLayerStatus",

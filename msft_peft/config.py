@@ -237,11 +237,7 @@ class TargetedConfig(PeftConfig):
             elif value is not None:
                 # HF keeps these as sets, whose order changes from run to run, and its files with it.
                 setattr(self, name, sorted(set(value)))
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
-        if self.modules_to_save is not None:
-            given = self.modules_to_save
-            self.modules_to_save = sorted(given) if isinstance(given, set | frozenset) else list(dict.fromkeys(given))
+        self.modules_to_save = _names(self.modules_to_save)
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -283,6 +279,70 @@ def check_patterns(where: str, patterns: Mapping[str, Any], check: Callable[[str
     for pattern, value in patterns.items():
         check_regex(where, pattern)
         check(f"{where}[{pattern!r}]", value)
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """A config of a method that puts virtual tokens, or keys and values, before the input; nothing is wrapped.
+
+    Args:
+        num_virtual_tokens: how many; must be given.
+        token_dim: width of one: of the embeddings, or of all key heads of a layer. Known of models with a config.
+        num_transformer_submodules: 2 makes twice as many, for encoder and decoder; by default 2 for SEQ_2_SEQ_LM and
+            otherwise 1.
+        num_attention_heads: of keys and values. Known of models with a config.
+        num_layers: how many layers have keys and values. Known of models with a config.
+        modules_to_save: layers to train whole, as copies, beside the virtual tokens (a new head, say).
+
+    Raises:
+        ConfigError: a number that is none, or below 1; or `modules_to_save` is no list.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"):
+            check_count(name, getattr(self, name))
+        if self.num_transformer_submodules not in (None, 1, 2):
+            raise ConfigError(f"num_transformer_submodules must be 1 or 2, got {self.num_transformer_submodules!r}")
+        self.modules_to_save = _names(self.modules_to_save)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+def check_count(where: str, value: Any) -> None:
+    """Raise ConfigError, naming the field, if `value` is neither None nor a whole number of at least 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"`{where}` must be a whole number of at least 1, got {value!r}")
+
+
+def as_member(where: str, kind: type[Enum], value: Any) -> Any:
+    """The member of an Enum that `value` is or names.
+
+    Raises:
+        ConfigError: it is none; the field and the members are named.
+    """
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{where} must be one of {[member.value for member in kind]}, got {value!r}") from error
+
+
+def _names(given: Any) -> list[str] | None:
+    """A list of names, each once; a set in alphabetical order."""
+    if isinstance(given, str):
+        raise ConfigError(f"modules_to_save must be a list of names, got the string {given!r}")
+    if given is None:
+        return None
+    return sorted(given) if isinstance(given, set | frozenset) else list(dict.fromkeys(given))
 
 
 def check_regex(where: str, pattern: str) -> None:

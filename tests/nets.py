@@ -264,3 +264,49 @@ class Loss(nn.Cell):
 
     def construct(self, x: Tensor, target: Tensor) -> Tensor:
         return ops.reduce_mean(ops.square(ops.cast(self.model(x), ms.float32) - target))
+
+
+class Reader(nn.Cell):
+    """Reads tokens: attention in one layer with two heads, then scores of every token, or of the whole text.
+
+    It takes what prompt methods need: `inputs_embeds`, and `past_key_values` before its own keys and values.
+    """
+
+    def __init__(self, whole: bool = False, dtype: Any = ms.float32) -> None:
+        super().__init__()
+        self.config = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        self.whole = whole
+        self.emb = nn.Embedding(12, 8, embedding_table=initializer(Normal(0.8), (12, 8), dtype), dtype=dtype)
+        self.qkv = nn.Dense(8, 24, weight_init=Normal(0.6), dtype=dtype)
+        self.classifier = nn.Dense(8, 3, weight_init=Normal(0.8), dtype=dtype)
+
+    def construct(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
+        b, t, _ = x.shape
+        q, k, v = ops.split(ops.reshape(self.qkv(x), (b, t, 2, 12)).swapaxes(1, 2), 4, -1)
+        if past_key_values is not None:
+            k, v = ops.concat((past_key_values[0][0], k), 2), ops.concat((past_key_values[0][1], v), 2)
+        scores = ops.matmul(q, k.swapaxes(-1, -2))
+        if attention_mask is not None:
+            scores = scores + (ops.cast(attention_mask, x.dtype).expand_dims(1).expand_dims(1) - 1) * 1e4
+        y = ops.reshape(ops.matmul(ops.softmax(scores), v).swapaxes(1, 2), (b, t, 8)) + x
+        logits = self.classifier(y.mean(1) if self.whole else y)
+        outputs = {"logits": logits}
+        if labels is not None:
+            chosen = ops.one_hot(ops.maximum(labels, 0), 3)
+            counted = ops.cast(labels >= 0, ms.float32).expand_dims(-1)
+            outputs["loss"] = -(ops.log_softmax(ops.cast(logits, ms.float32), -1) * chosen * counted).sum()
+        return outputs
+
+    def get_input_embeddings(self) -> nn.Cell:
+        return self.emb
+
+    def sample(self) -> Tensor:
+        return ids(2, 5, below=12)

@@ -10,6 +10,7 @@ from mindspore import nn
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.recompute import is_recomputed, set_recompute
 from msft_peft.backend.tree import get_child
+from msft_peft.core.prompt import PREFIX_STATES, prompts_of
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import blocks_path, cell_lists
 
@@ -29,8 +30,12 @@ def set_checkpointing(
         kwargs: HF's `gradient_checkpointing_kwargs`: at most `use_reentrant`, whose two values give the same numbers.
 
     Raises:
-        ConfigError: no blocks were found, `kwargs` has other keys, or the blocks drop whole channels at random.
+        ConfigError: no blocks were found, `kwargs` has other keys, the blocks drop whole channels at random, or the
+            model has prefixes.
     """
+    prompts = prompts_of(model)
+    if enabled and prompts is not None and prompts.argument == PREFIX_STATES:
+        raise ConfigError("PREFIX_TUNING does not work with gradient checkpointing.")
     unknown = sorted({*(kwargs or {})} - {"use_reentrant"})
     if unknown:
         raise ConfigError(f"gradient_checkpointing_kwargs: {unknown} mean nothing here; only use_reentrant is known.")

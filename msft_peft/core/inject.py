@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from mindspore import Parameter, nn
 
@@ -13,8 +14,9 @@ from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.recompute import mark_again
 from msft_peft.backend.tree import Named, get_child, named_parameters, owners, refresh_names, replace_cells
-from msft_peft.config import PeftConfig, TargetedConfig
-from msft_peft.core.keys import narrowed
+from msft_peft.config import PeftConfig, PromptLearningConfig, TargetedConfig
+from msft_peft.core.checkpointing import is_checkpointing
+from msft_peft.core.keys import BASE, PREFIX, narrowed
 from msft_peft.core.layer import (
     ModulesToSaveWrapper,
     TunerLayer,
@@ -25,13 +27,14 @@ from msft_peft.core.layer import (
 )
 from msft_peft.core.parameter import ParameterLayer
 from msft_peft.core.patch import Patch, place_of
+from msft_peft.core.prompt import PREFIX_STATES, Prompts, VirtualTokens, completed, prompts_of, word_embeddings
 from msft_peft.core.replication import Blocks, replicated, restore_blocks
 from msft_peft.core.routing import routing_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
 from msft_peft.core.tied import copies_of, say_ties, tied_embeddings
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
 from msft_peft.hosts import Site, model_config
-from msft_peft.registry import method_of
+from msft_peft.registry import Method, method_of
 
 # Heads that task classes ask to be trained whole without knowing which of them a model has.
 OPTIONAL_HEADS = ("classifier", "score", "qa_outputs")
@@ -47,6 +50,7 @@ class Adapter:
         patches: its Patch at each adapted layer's path.
         modules: its copy of each layer that it trains whole, by path.
         blocks: another list of blocks for the base model, if it asks for one.
+        prompt: what it puts before the input, if its method does that.
     """
 
     name: str
@@ -54,6 +58,17 @@ class Adapter:
     patches: dict[str, Patch]
     modules: dict[str, nn.Cell]
     blocks: Blocks | None = None
+    prompt: VirtualTokens | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the keys of its tensors in HF's files."""
+        return PREFIX if self.prompt is None else ""
+
+    @property
+    def inside(self) -> str:
+        """What stands, after `prefix`, before the paths of the base model: beside a prompt it has no Tuner around."""
+        return "" if self.prompt is None else BASE
 
     @property
     def targets(self) -> list[str]:
@@ -61,11 +76,21 @@ class Adapter:
         return [path for path, patch in self.patches.items() if not patch.auxiliary]
 
     def entries(self, model: nn.Cell) -> dict[str, Named]:
-        """Its tensors by their keys in HF's files, below the base model: weights, copies, and trained biases.
+        """Its tensors by their keys in HF's files, after `prefix`: weights, copies, and trained biases.
 
         `local` of each is the parameter's path once the adapter is in the model.
         """
-        found: dict[str, Named] = {}
+        return self._tensors(model, {} if self.prompt is None else self.prompt.stored())
+
+    def needed(self, model: nn.Cell) -> dict[str, Named]:
+        """The tensors that loading must fill: `entries`, or all that a prompt's own encoder has."""
+        if self.prompt is None or not self.prompt.reparametrised:
+            return self.entries(model)
+        return self._tensors(model, self.prompt.own())
+
+    def _tensors(self, model: nn.Cell, prompt: dict[str, Named]) -> dict[str, Named]:
+        place = f"prompt_encoder.{self.name}"
+        found = {key: named._replace(local=f"{place}.{named.local}") for key, named in prompt.items()}
         for path, patch in self.patches.items():
             for attribute, suffix in patch.keys.items():
                 p, (place, rest) = getattr(patch, attribute), place_of(suffix)
@@ -74,7 +99,8 @@ class Adapter:
                 found[key] = Named(key, local, p, shape, patch.blocks_of(attribute), patch.turned)
         for path, module in self.modules.items():
             for named in named_parameters(module, tied=True):
-                key, local = f"{path}.{named.key}", f"{path}.modules_to_save.{self.name}.{named.local}"
+                key = f"{self.inside}{path}.{named.key}"
+                local = f"{self.inside}{path}.modules_to_save.{self.name}.{named.local}"
                 found[key] = named._replace(key=key, local=local)
         return found | self.biases(model)
 
@@ -114,7 +140,9 @@ def adapter_in(model: nn.Cell, name: str) -> Adapter:
     found = [(path, w, w.held()[name]) for path, w in wrappers(model) if name in w.held()]
     patches = {path: cell for path, w, cell in found if isinstance(w, TunerLayer)}
     modules = {path: cell for path, w, cell in found if isinstance(w, ModulesToSaveWrapper)}
-    return Adapter(name, configs_of(model)[name], patches, modules)
+    prompts = prompts_of(model)
+    prompt = None if prompts is None else prompts.held().get(name)
+    return Adapter(name, configs_of(model)[name], patches, modules, prompt=prompt)
 
 
 def prepare(
@@ -138,7 +166,10 @@ def prepare(
     method = method_of(config)
     config.require_built()
     check_name(name)
+    _check_company(model, method)
     config = copy.deepcopy(config)
+    if isinstance(config, PromptLearningConfig):
+        return _prepare_prompt(model, config, name, low_cpu_mem_usage)
     assert isinstance(config, TargetedConfig)
     blocks = replicated(model, getattr(config, "layer_replication", None), len(configs_of(model).keys() - {name}))
     cells = outer_cells(model) if blocks is None else blocks.seen(model)
@@ -169,6 +200,28 @@ def prepare(
     return Adapter(name, config, patches, copies_of(modules, tied if ensure else None), blocks)
 
 
+def _prepare_prompt(model: nn.Cell, config: PromptLearningConfig, name: str, low_cpu_mem_usage: bool) -> Adapter:
+    """The same for a method that wraps nothing but the layers that are trained whole."""
+    kind = cast("type[VirtualTokens]", method_of(config).prompt)
+    completed(config, model)
+    if kind.argument == PREFIX_STATES and is_checkpointing(model):
+        raise ConfigError(f"{config.peft_type} does not work with gradient checkpointing.")
+    modules = _modules_to_save(config, outer_cells(model))
+    prompt = kind(config, word_embeddings(model), low_cpu_mem_usage)
+    return Adapter(name, config, {}, copies_of(modules, None), prompt=prompt)
+
+
+def _check_company(model: nn.Cell, method: Method) -> None:
+    """What stands before the input and what stands in the model are not mixed, nor are two kinds of the former."""
+    others = {str(config.peft_type) for config in configs_of(model).values()}
+    prompting = method.prompt is not None
+    if others - {method.name} and (prompting or prompts_of(model) is not None):
+        raise ConfigError(
+            f"Cannot combine adapters with different peft types. Found {min(others)} and {method.name}. Take the "
+            "others out first: unload() for adapters in the model's layers, delete_adapter(name) for virtual tokens."
+        )
+
+
 def attach(model: nn.Cell, adapter: Adapter) -> None:
     """Put a prepared adapter into the model, inactive and frozen; one of the same name is replaced.
 
@@ -179,7 +232,8 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
         if id(p) not in keep:
             p.requires_grad = False
     discard(model, adapter.name)
-    enabled = all(wrapper.enabled for _, wrapper in wrappers(model))
+    prompts = prompts_of(model)
+    enabled = all(wrapper.enabled for _, wrapper in wrappers(model)) and (prompts is None or prompts.enabled)
     if adapter.blocks is not None:
         adapter.blocks.put_into(model)
     _wrap(model, adapter)
@@ -188,7 +242,24 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
         wrapper.add(adapter.name, held)
         wrapper.set_requires_grad([adapter.name], False)
         wrapper.enable_adapters(enabled)
+    if adapter.prompt is not None:
+        _put_before(model, adapter.name, adapter.prompt, enabled)
+    elif prompts is not None:
+        del model.peft_prompts
     model.peft_config = configs_of(model) | {adapter.name: adapter.config}
+
+
+def _put_before(model: nn.Cell, name: str, prompt: VirtualTokens, enabled: bool) -> None:
+    """Put an encoder beside the model, idle and frozen."""
+    prompts = prompts_of(model)
+    if prompts is None:
+        prompts = model.peft_prompts = Prompts(model, prompt.argument)
+        prompts.enable(enabled)
+    prompts.argument = prompt.argument
+    prompts.put(name, prompt.set_train(model.training))
+    prompts.set_requires_grad([name], False)
+    # Looked for anew: the adapter may train the table whole.
+    prompts.table = word_embeddings(model)
 
 
 def _wrap(model: nn.Cell, adapter: Adapter) -> None:
@@ -218,6 +289,9 @@ def discard(model: nn.Cell, name: str) -> None:
             p.requires_grad = False
     for _, wrapper in wrappers(model):
         wrapper.discard(name)
+    prompts = prompts_of(model)
+    if prompts is not None:
+        prompts.drop(name)
     if name in configs_of(model):
         model.peft_config = {key: config for key, config in configs_of(model).items() if key != name}
 
@@ -236,7 +310,7 @@ def detach_all(model: nn.Cell) -> None:
         wrapper.released()
     replace_cells(model, new)
     restore_blocks(model)
-    for attribute in ("peft_config", "peft_routing", "peft_active"):
+    for attribute in ("peft_config", "peft_routing", "peft_active", "peft_prompts"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     settle(model)
@@ -249,6 +323,10 @@ def activate(model: nn.Cell, names: Iterable[str], trainable: bool) -> None:
     for _, wrapper in wrappers(model):
         wrapper.set_requires_grad(wrapper.held(), False)
         wrapper.set_requires_grad(names, trainable)
+    prompts = prompts_of(model)
+    if prompts is not None:
+        prompts.set_requires_grad(prompts.held(), False)
+        prompts.set_requires_grad(names, trainable)
     for name in configs_of(model):
         for p in _biases_of(model, name):
             p.requires_grad = trainable and name in names
@@ -259,6 +337,9 @@ def use(model: nn.Cell, names: Iterable[str]) -> None:
     names = list(names)
     for _, wrapper in wrappers(model):
         wrapper.activate(names)
+    prompts = prompts_of(model)
+    if prompts is not None:
+        prompts.use(names)
     model.peft_active = tuple(names)
     wait(model)
 
@@ -337,6 +418,8 @@ def inject_adapter_in_model(
         raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
     if getattr(peft_config, "alora_invocation_tokens", None) is not None:
         raise ConfigError("alora_invocation_tokens needs get_peft_model: something must look for them in the input.")
+    if peft_config.is_prompt_learning:
+        raise ConfigError(f"{peft_config.peft_type} puts nothing into a model's layers: use get_peft_model.")
     config = peft_config if state_dict is None else narrowed(peft_config, model, state_dict)
     attach(model, prepare(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
     activate(model, [adapter_name], trainable=not peft_config.inference_mode)
@@ -490,7 +573,7 @@ def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> Non
         raise MergeError("This adapter's initial weights are taken from the base weights: unmerge the model first.")
 
 
-def _modules_to_save(config: TargetedConfig, cells: dict[str, nn.Cell]) -> dict[str, nn.Cell]:
+def _modules_to_save(config: TargetedConfig | PromptLearningConfig, cells: dict[str, nn.Cell]) -> dict[str, nn.Cell]:
     """The layers to be trained whole, by path.
 
     Raises:

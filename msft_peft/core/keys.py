@@ -16,6 +16,8 @@ from msft_peft.registry import method_of
 
 # Where HF's wrappers put the base model; part of every key in an adapter's files.
 PREFIX = "base_model.model."
+# And where they put it when there is no tuner in between.
+BASE = "base_model."
 
 
 def narrowed(config: PeftConfig, model: nn.Cell, keys: Iterable[str]) -> PeftConfig:

@@ -15,6 +15,7 @@ from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core import inject
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
+from msft_peft.core.prompt import prompts_of
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
 
 
@@ -40,6 +41,8 @@ def require(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
 def set_adapter(model: nn.Cell, adapter_name: str | list[str], inference_mode: bool = False) -> None:
     """Make one adapter, or several together, the active ones; see `Tuner.set_adapter`."""
     names = require(model, adapter_name)
+    if prompts_of(model) is not None and len(names) > 1:
+        raise ConfigError(f"Adapters {names} cannot be active together: one of them alone can stand before the input.")
     for path, wrapper in wrappers(model):
         both = [name for name in names if name in wrapper.held()]
         if isinstance(wrapper, ModulesToSaveWrapper) and len(both) > 1:
@@ -65,6 +68,9 @@ def set_requires_grad(model: nn.Cell, adapter_names: str | Iterable[str], requir
     names = require_some(model, adapter_names)
     for _, wrapper in wrappers(model):
         wrapper.set_requires_grad(names, requires_grad)
+    prompts = prompts_of(model)
+    if prompts is not None:
+        prompts.set_requires_grad(names, requires_grad)
     for name in names:
         for bias in inject.adapter_in(model, name).biases(model).values():
             bias.parameter.requires_grad = requires_grad

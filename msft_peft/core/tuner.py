@@ -15,6 +15,7 @@ from msft_peft.core import inject, switch
 from msft_peft.core.checkpointing import is_checkpointing, set_checkpointing
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
 from msft_peft.core.patch import Patch
+from msft_peft.core.prompt import prompts_of
 from msft_peft.core.routing import Routing, invocations, routing_of
 from msft_peft.errors import MergeError, PeftWarning
 from msft_peft.registry import method_of
@@ -294,5 +295,7 @@ def base_of(model: nn.Cell) -> nn.Cell:
     if not isinstance(model, nn.Cell):
         raise TypeError(f"a model is a mindspore.nn.Cell, got {type(model).__name__}")
     inner = getattr(model, "base_model", None)
+    if isinstance(inner, nn.Cell) and prompts_of(inner) is not None:
+        return inner
     tuner = inner if isinstance(inner, Tuner) else model
     return tuner.model if isinstance(tuner, Tuner) else tuner

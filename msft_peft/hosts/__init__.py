@@ -2,6 +2,7 @@
 
 from msft_peft.hosts.blocks import PLACES, blocks_path, cell_lists
 from msft_peft.hosts.cells import Site, describe, input_table, model_config, output_head, parameter_site
+from msft_peft.hosts.tokenizers import encode, tokenizer_name
 
 __all__ = [
     "PLACES",
@@ -9,8 +10,10 @@ __all__ = [
     "blocks_path",
     "cell_lists",
     "describe",
+    "encode",
     "input_table",
     "model_config",
     "output_head",
     "parameter_site",
+    "tokenizer_name",
 ]

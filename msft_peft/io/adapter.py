@@ -22,7 +22,7 @@ from msft_peft.backend.torch_pickle import read_torch
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig
 from msft_peft.core.inject import Adapter, lies_inside
-from msft_peft.core.keys import PREFIX
+from msft_peft.core.keys import BASE, PREFIX
 from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
@@ -31,20 +31,22 @@ from msft_peft.hosts import input_table, output_head
 SAFETENSORS_NAME = "adapter_model.safetensors"
 CKPT_NAME = "adapter_model.ckpt"
 BIN_NAME = "adapter_model.bin"
+PROMPT_ENCODER_NAME = "prompt_encoder.safetensors"
 
 _ADAPTER_ENTRY = "msft_peft_adapter"
 
 
-def save_tensors(directory: Path, name: str, entries: Mapping[str, Named]) -> None:
+def save_tensors(directory: Path, name: str, entries: Mapping[str, Named], prefix: str = PREFIX) -> None:
     """Write an adapter's tensors into `directory`, in both formats, each file whole or not at all.
 
     Args:
         directory: made if it is not there.
         name: the adapter's name; a part of the parameter names in the checkpoint, but of no key in the other file.
-        entries: the tensors by their keys below the base model, see `Adapter.entries`.
+        entries: the tensors by their keys, see `Adapter.entries`.
+        prefix: stands before the keys and the parameter names.
     """
     ordered = sorted(entries.items())
-    arrays = {PREFIX + key: named.read() for key, named in ordered}
+    arrays = {prefix + key: named.read() for key, named in ordered}
     with replacing(directory / SAFETENSORS_NAME) as path:
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
     # MindSpore knows a tied parameter by its first name alone.
@@ -52,12 +54,49 @@ def save_tensors(directory: Path, name: str, entries: Mapping[str, Named]) -> No
     for key, named in entries.items():
         first.setdefault(id(named.parameter), key)
     parameters = [
-        {"name": PREFIX + named.local, "data": _as_stored(named)}
+        {"name": prefix + named.local, "data": _as_stored(named)}
         for key, named in ordered
         if first[id(named.parameter)] == key
     ]
     with replacing(directory / CKPT_NAME) as path:
         ms.save_checkpoint(parameters, str(path), append_dict={_ADAPTER_ENTRY: name})
+
+
+def save_prompt_encoder(directory: Path, adapter: Adapter, wanted: bool) -> None:
+    """Write the network that makes an adapter's virtual tokens into a file of its own, if it has one.
+
+    HF's file has the virtual tokens alone. Where this one is not written, an old one is removed: it would not fit.
+    """
+    path = directory / PROMPT_ENCODER_NAME
+    if wanted and adapter.prompt is not None and adapter.prompt.reparametrised:
+        write_arrays(path, {key: named.read() for key, named in sorted(adapter.prompt.own().items())})
+    else:
+        path.unlink(missing_ok=True)
+
+
+def resumable(
+    tensors: "Tensors", adapter: Adapter, source: str | os.PathLike, subfolder: str | None = None, **hub: Any
+) -> tuple["Tensors", np.ndarray | None]:
+    """What a file holds of an adapter that goes on training, and the virtual tokens that it had.
+
+    The network that makes them takes their place among the tensors. For other adapters nothing is changed.
+
+    Raises:
+        ConfigError: that network was not saved (HF does not).
+        LoadError: its file is broken.
+    """
+    if adapter.prompt is None or not adapter.prompt.reparametrised:
+        return tensors, None
+    path = fetch(source, PROMPT_ENCODER_NAME, subfolder=subfolder, **hub)
+    if path is None:
+        raise ConfigError(
+            "Cannot set a prompt learning adapter to trainable when loading pretrained adapter. Its virtual tokens "
+            f"were made by a network that is not in the file but in {PROMPT_ENCODER_NAME} beside it, which "
+            "save_pretrained writes here and HF peft does not: there is none. Load it with is_trainable=False."
+        )
+    rows = {key: array for key, array in tensors.arrays.items() if key.endswith("prompt_embeddings")}
+    rest = {key: array for key, array in tensors.arrays.items() if key not in rows}
+    return replace(tensors, arrays=rest | read_arrays(path)), next(iter(rows.values()), None)
 
 
 def _as_stored(named: Named) -> Tensor:
@@ -201,10 +240,11 @@ def with_copies_in(tensors: Tensors, config: PeftConfig, model: nn.Cell) -> Peft
     names = getattr(config, "modules_to_save", None)
     if not names or tensors.adapter is not None:
         return config
+    prefix = BASE if config.is_prompt_learning else PREFIX
     held = {
         path
         for path in outer_cells(model)
-        if path.endswith(tuple(names)) and any(key.startswith(f"{PREFIX}{path}.") for key in tensors.arrays)
+        if path.endswith(tuple(names)) and any(key.startswith(f"{prefix}{path}.") for key in tensors.arrays)
     }
     extra = {path for path in held if not matches_name(path, names)}
     return replace(config, modules_to_save=[*names, *sorted(extra)])  # type: ignore[call-arg]
@@ -224,7 +264,7 @@ def embeddings_of(model: nn.Cell, adapter: Adapter) -> dict[str, Named]:
         if lies_inside(path, adapter.modules):
             continue  # the adapter has a copy of its own
         inner = f"{path}.base_layer" if path in adapter.patches else path
-        for named in named_parameters(base, inner):
+        for named in named_parameters(base, adapter.inside + inner):
             if named.key.endswith(".weight"):
                 found[named.key] = named
     return found

@@ -108,15 +108,17 @@ class Fit:
         changed = any(_differ(array, now) for array, now in _beside_patches(self.pairs, adapter, model))
         for named, array in self.pairs:
             named.write(array)
-        acting = changed or _any(acts(patch) for patch in adapter.patches.values())
+        # What stands before the input is always looked at.
+        acting = changed or adapter.prompt is not None or _any(acts(patch) for patch in adapter.patches.values())
         return replace(self.report, does_something=acting)
 
 
 def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
     """Compare tensors with what `adapter` needs, in the model or still outside it; nothing is written."""
-    entries = {PREFIX + key: named for key, named in adapter.entries(model).items()}
+    prefix = adapter.prefix
+    entries = {prefix + key: named for key, named in adapter.needed(model).items()}
     # A file may also carry the base model's embeddings, see `embeddings_of`.
-    carried = {PREFIX + key: named for key, named in embeddings_of(model, adapter).items()}
+    carried = {prefix + key: named for key, named in embeddings_of(model, adapter).items()}
     arrays = by_key(tensors, adapter, model)
     entries |= {key: named for key, named in carried.items() if key in arrays}
     pairs, mismatched = [], []
@@ -132,12 +134,37 @@ def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
     report = LoadReport(
         adapter_name=adapter.name,
         origin=str(tensors.origin),
-        applied=tuple(PREFIX + named.key for named, _ in pairs),
+        applied=tuple(prefix + named.key for named, _ in pairs),
         missing_keys=tuple(missing),
         unexpected_keys=tuple(sorted(arrays.keys() - entries.keys())),
         mismatched=tuple(mismatched),
     )
     return Fit(report, tuple(pairs))
+
+
+def check_rows(fitted: Fit, adapter: Adapter, saved: np.ndarray | None) -> None:
+    """Write what a prompt's network is made of, and see that it makes the virtual tokens that were saved beside it.
+
+    Args:
+        fitted: how the tensors fit.
+        adapter: still outside the model.
+        saved: those virtual tokens; None checks nothing.
+
+    Raises:
+        LoadError: it makes others: something else has written one of the two files since.
+    """
+    if saved is None or adapter.prompt is None:
+        return
+    own = {id(p) for p in adapter.prompt.get_parameters()}
+    for named, array in fitted.pairs:
+        if id(named.parameter) in own:
+            named.write(array)
+    rows = adapter.prompt.rows()
+    if rows.shape != saved.shape or not np.allclose(rows, saved, rtol=1e-2, atol=1e-2 * float(np.abs(saved).max())):
+        raise LoadError(
+            f"{fitted.report.origin} has other virtual tokens than the network in prompt_encoder.safetensors makes: "
+            "the files are not of one adapter. Load it with is_trainable=False, or delete the latter."
+        )
 
 
 def acts(patch: Patch) -> bool | None:
@@ -200,12 +227,14 @@ def by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.n
     Raises:
         LoadError: two tensors have the same key.
     """
-    entries = {PREFIX + key: named for key, named in adapter.entries(model).items()}
-    entries |= {PREFIX + key: named for key, named in embeddings_of(model, adapter).items()}
+    prefix = adapter.prefix
+    entries = {prefix + key: named for key, named in adapter.needed(model).items()}
+    entries |= {prefix + key: named for key, named in embeddings_of(model, adapter).items()}
     known: dict[str, str] = {}
     for name in {"default", adapter.name, tensors.adapter or adapter.name}:
-        for key, named in replace(adapter, name=name).entries(model).items():
-            known |= {named.local: PREFIX + key, PREFIX + named.local: PREFIX + key}
+        for key, named in replace(adapter, name=name).needed(model).items():
+            known |= {named.local: prefix + key, prefix + named.local: prefix + key}
+        known |= {f"prompt_encoder.{name}.prompt_embeddings": "prompt_embeddings"}
     known |= {key.removeprefix(PREFIX): key for key in entries} | {key: key for key in entries}
     arrays: dict[str, np.ndarray] = {}
     for name, array in tensors.arrays.items():

@@ -46,8 +46,8 @@ def get_peft_model_state_dict(
     Differs: HF returns the model's own tensors, which change under the caller.
     """
     base = base_of(model)
-    prefix = "" if base is model else PREFIX
     adapter = inject.adapter_in(base, adapter_name)
+    prefix = "" if base is model else adapter.prefix
     entries = adapter.entries(base) | embeddings_to_save(base, adapter, save_embedding_layers)
     if state_dict is not None:
         entries = taken_from(state_dict, entries, prefix)

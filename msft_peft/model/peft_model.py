@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,25 +25,36 @@ from msft_peft.core.routing import invocations
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError
 from msft_peft.hosts import model_config
-from msft_peft.io.adapter import embeddings_to_save, read_tensors, save_tensors, with_copies_in
+from msft_peft.io.adapter import (
+    embeddings_to_save,
+    read_tensors,
+    resumable,
+    save_prompt_encoder,
+    save_tensors,
+    with_copies_in,
+)
 from msft_peft.io.card import CARD_NAME, About, write_card
-from msft_peft.io.load import LoadReport, fit
+from msft_peft.io.load import LoadReport, check_rows, fit
 from msft_peft.io.state import State, taken_from
+from msft_peft.model.prompted import Prompted, PromptSwitches
 from msft_peft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from msft_peft.registry import method_of
 from msft_peft.tuners.lora.residual import as_plain_lora
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
 ROOT_ADAPTER = "default"
+# Methods of tuners that mean nothing to prompts.
+_OF_LAYERS = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload")
 
 
-class PeftModel(nn.Cell):
+class PeftModel(Prompted):
     """A base model with adapters in it: call, train, save and load it like the base model.
 
     The base model is changed in place: its targeted layers are wrapped, its own parameters frozen and not copied.
     Parameters are named as in HF peft (`base_model.model...q_proj.lora_A.default.weight`). Methods that are not found
     here are looked for in `base_model` (the `Tuner`: `merge_adapter`, `unmerge_adapter`, `merge_and_unload`, `unload`,
-    `set_requires_grad`), then in the base model.
+    `set_requires_grad`), then in the base model. Adapters of a prompt method stand before the input instead: there
+    `base_model` is the base model itself, and `prompt_encoder` has what each adapter puts before it.
 
     Args:
         model: the base model.
@@ -89,6 +100,11 @@ class PeftModel(nn.Cell):
         self, model: nn.Cell, config: PeftConfig, name: str, autocast: bool, low_cpu_mem_usage: bool
     ) -> inject.Adapter:
         """The adapter, still outside the model, with the heads of this task among what it trains whole."""
+        if isinstance(config, PeftConfig) and config.is_prompt_learning and self._task is None:
+            raise ConfigError(
+                f"{config.peft_type} needs a task_type, one of {[task.value for task in TaskType]}: it says what "
+                "becomes of labels and masks."
+            )
         if isinstance(config, PeftConfig) and self._heads and hasattr(config, "modules_to_save"):
             config = copy.deepcopy(config)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self._heads]))
@@ -96,13 +112,13 @@ class PeftModel(nn.Cell):
 
     def _install(self, model: nn.Cell, adapter: inject.Adapter) -> None:
         inject.attach(model, adapter)
-        self.base_model = (method_of(adapter.config).tuner or Tuner)(model)
+        if adapter.prompt is None:
+            self.base_model = (method_of(adapter.config).tuner or Tuner)(model)
+        else:
+            self._stand_before(model)
         inject.activate(model, [adapter.name], trainable=not adapter.config.inference_mode)
         inherit_mode(self, model)
         inject.settle(self)
-
-    def construct(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the model.
@@ -117,12 +133,18 @@ class PeftModel(nn.Cell):
         Differs: HF's other methods than LoRA ignore `adapter_names`, silently.
         """
         if adapter_names is None:
+            self._say_what_is_ignored(kwargs)
             return super().__call__(*args, **kwargs)
+        self._check_divisible()
         with divided(self._roots(), adapter_names, _first_input(args, kwargs)):
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters in effect, or those that serve the rows."""
+        if adapter_names is not None:
+            self._check_divisible()
+        if self.prompts is not None:
+            return self._generate_prompted(args, kwargs)
         base, routing = self.get_base_model(), self.base_model.routing
         if adapter_names is None and routing.invocation is None:
             return base.generate(*args, **kwargs)
@@ -137,6 +159,10 @@ class PeftModel(nn.Cell):
                 stack.callback(setattr, base, "on_repeat", None)
             return base.generate(*args, **kwargs)
 
+    def _check_divisible(self) -> None:
+        if self.prompts is not None:
+            raise ConfigError("adapter_names does not go with prompts: one of them stands before all rows of a batch.")
+
     def _roots(self) -> list[nn.Cell]:
         return [self, self.base_model, self.get_base_model()]
 
@@ -147,19 +173,26 @@ class PeftModel(nn.Cell):
             tuner = self.__dict__.get("_cells", {}).get("base_model")
             if tuner is None:
                 raise
-            return getattr(tuner, name)
+            if self.__dict__.get("prompts") is None:
+                return getattr(tuner, name)
+            if name in _OF_LAYERS:
+                raise AttributeError(
+                    f"'{type(tuner).__name__}' object has no attribute '{name}': virtual tokens stand before the "
+                    "input, so there is nothing to merge or to take out. get_base_model() is the model without them."
+                ) from None
+            return getattr(self._switches if hasattr(PromptSwitches, name) else tuner, name)
 
     # --- adapters -----------------------------------------------------------------------------------------------
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """The adapters' configs by name."""
-        return self.base_model.peft_config
+        return inject.configs_of(self.get_base_model())
 
     @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters in use."""
-        return self.base_model.active_adapters
+        return inject.active_of(self.get_base_model())
 
     @property
     def active_adapter(self) -> str | None:
@@ -173,7 +206,12 @@ class PeftModel(nn.Cell):
 
     def get_base_model(self) -> nn.Cell:
         """The base model, adapted layers still in it."""
-        return self.base_model.model
+        return self.base_model.model if self.prompts is None else self.base_model
+
+    @property
+    def _switches(self) -> Any:
+        """What switches the adapters: the tuner, or what stands for it where there is none."""
+        return self.base_model if self.prompts is None else PromptSwitches(self.base_model)
 
     def add_adapter(
         self,
@@ -207,25 +245,31 @@ class PeftModel(nn.Cell):
                 f"PeftModel.set_adapter takes one name, got {adapter_name!r}. For several adapters at once call "
                 "model.base_model.set_adapter([...])."
             )
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self._switches.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; see `Tuner.delete_adapter`."""
-        self.base_model.delete_adapter(adapter_name)
+        self._switches.delete_adapter(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """All adapters off inside a `with` block: the outputs are the base model's. Compiled code is dropped twice."""
-        with self.base_model._disabled():
+        with self._switches._disabled():
             yield
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The state of every layer that adapters have something in; see the function of this name."""
+        self._check_layers()
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
         """The state of the adapters as a whole; see the function of this name."""
+        self._check_layers()
         return get_model_status(self)
+
+    def _check_layers(self) -> None:
+        if self.prompts is not None:
+            raise TypeError("Layer and model status are of adapters in layers; prompt methods have none there.")
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -234,6 +278,8 @@ class PeftModel(nn.Cell):
         Differs: in HF, adapters that `disable_adapter_layers` switched off count as enabled.
         """
         layers = [wrapper for _, wrapper in wrappers(self.get_base_model())]
+        if self.prompts is not None:
+            return self.prompts.acting
         return any(layer.enabled and layer.active for layer in layers)
 
     @property
@@ -244,7 +290,7 @@ class PeftModel(nn.Cell):
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters, active or not; see `Tuner.set_requires_grad`."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._switches.set_requires_grad(adapter_names, requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, counted in numbers; without what adapters keep and never train, as in HF."""
@@ -272,6 +318,7 @@ class PeftModel(nn.Cell):
         is_main_process: bool = True,
         state_dict: State | None = None,
         path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
+        save_prompt_encoder_weights: bool = True,
     ) -> None:
         """Write the adapters: weights in both formats, config and model card; trainable weights alone.
 
@@ -290,6 +337,8 @@ class PeftModel(nn.Cell):
             path_initial_model_for_weight_conversion: where an adapter that changed the base weights (PiSSA, OLoRA,
                 CorDA, LoRA-GA) was saved before its first step: it is written as a plain LoRA of twice the rank for
                 the untouched base, see `as_plain_lora`.
+            save_prompt_encoder_weights: where a network makes the virtual tokens (P-tuning, projected prefixes, CPT),
+                keep it too, in a file of its own which HF passes over, so that training can go on from there.
 
         Raises:
             AdapterNameError: a selected adapter is not there.
@@ -301,7 +350,8 @@ class PeftModel(nn.Cell):
         names = self._names_to_save(safe_serialization, selected_adapters)
         if not is_main_process:
             return
-        plan = self._plan_files(names, save_embedding_layers, state_dict, path_initial_model_for_weight_conversion)
+        initial = path_initial_model_for_weight_conversion
+        plan = self._plan_files(names, save_embedding_layers, state_dict, initial, save_prompt_encoder_weights)
         self._write_files(Path(save_directory), plan)
         write_card(Path(save_directory), self._about(plan))
 
@@ -334,6 +384,7 @@ class PeftModel(nn.Cell):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
+        save_prompt_encoder_weights: bool = True,
     ) -> CommitInfo:
         """Upload what `save_pretrained` writes, in one commit: all of it is on the Hub afterwards, or nothing.
 
@@ -347,8 +398,8 @@ class PeftModel(nn.Cell):
             create_pr: open a pull request instead.
             revision: a branch, made if it is not there; default: main.
             tags, metrics: see `create_or_update_model_card`.
-            safe_serialization, selected_adapters, save_embedding_layers, path_initial_model_for_weight_conversion: see
-                `save_pretrained`.
+            safe_serialization, selected_adapters, save_embedding_layers, path_initial_model_for_weight_conversion,
+                save_prompt_encoder_weights: see `save_pretrained`.
 
         Returns:
             The commit; with `pr_url` where a pull request was opened.
@@ -360,7 +411,8 @@ class PeftModel(nn.Cell):
         Differs: HF's also takes options that do nothing for adapters (`max_shard_size`, `use_temp_dir`).
         """
         names = self._names_to_save(safe_serialization, selected_adapters)
-        plan = self._plan_files(names, save_embedding_layers, None, path_initial_model_for_weight_conversion)
+        initial = path_initial_model_for_weight_conversion
+        plan = self._plan_files(names, save_embedding_layers, None, initial, save_prompt_encoder_weights)
         about = self._about(plan)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -389,7 +441,8 @@ class PeftModel(nn.Cell):
         save_embedding_layers: bool | str = False,
         state_dict: State | None = None,
         initial: str | os.PathLike | None = None,
-    ) -> dict[str, tuple[dict[str, Named], PeftConfig]]:
+        save_prompt_encoder_weights: bool = True,
+    ) -> dict[str, "_Files"]:
         """What the files of each adapter are to hold: its tensors, and its config as it is saved."""
         base = self.get_base_model()
         plan = {}
@@ -401,22 +454,24 @@ class PeftModel(nn.Cell):
                 entries, beside = taken_from(state_dict, entries), taken_from(state_dict, beside)
             if initial is not None:
                 entries, config = as_plain_lora(adapter, entries, initial)
-            plan[name] = entries | beside, self._config_to_save(config)
+            keeps = save_prompt_encoder_weights and state_dict is None
+            plan[name] = _Files(adapter, entries | beside, self._config_to_save(config), keeps)
         return plan
 
-    def _write_files(self, folder: Path, plan: Mapping[str, tuple[dict[str, Named], PeftConfig]]) -> None:
-        for name, (entries, config) in plan.items():
+    def _write_files(self, folder: Path, plan: Mapping[str, "_Files"]) -> None:
+        for name, files in plan.items():
             directory = folder / ("" if name == ROOT_ADAPTER else name)
-            save_tensors(directory, name, entries)
-            config.save_pretrained(directory)
+            save_tensors(directory, name, files.entries, files.adapter.prefix)
+            save_prompt_encoder(directory, files.adapter, files.keeps_encoder)
+            files.config.save_pretrained(directory)
 
-    def _about(self, plan: Mapping[str, tuple[dict[str, Named], PeftConfig]]) -> About:
+    def _about(self, plan: Mapping[str, "_Files"]) -> About:
         """What the model card tells."""
         kind = type(self)
         return About(
-            config=next((config for _, config in plan.values()), None),
+            config=next((files.config for files in plan.values()), None),
             base=self._base_name(),
-            trained=sum(math.prod(named.shape) for entries, _ in plan.values() for named in entries.values()),
+            trained=sum(math.prod(named.shape) for files in plan.values() for named in files.entries.values()),
             auto=None if kind._task is None else f"Auto{kind.__name__}",
             pipeline=self._pipeline_tag,
             tags=["transformers"] if "_name_or_path" in model_config(self.get_base_model()) else [],
@@ -471,9 +526,13 @@ class PeftModel(nn.Cell):
         nn.Cell.__init__(self)
         tensors = read_tensors(model_id, key_mapping=key_mapping, **hub)
         config = with_copies_in(tensors, config, model)
-        adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        # What stands before the input comes from the file or is an error.
+        undrawn = low_cpu_mem_usage or config.is_prompt_learning
+        adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype, undrawn)
+        tensors, saved = resumable(tensors, adapter, model_id, **hub)
         fitted = fit(tensors, adapter, model)
-        fitted.report.check(strict, ignore_mismatched_sizes, low_cpu_mem_usage)
+        fitted.report.check(strict, ignore_mismatched_sizes, undrawn)
+        check_rows(fitted, adapter, saved)
         self._install(model, adapter)
         # Afterwards: what the base weights give up is what the adapter began with.
         self.load_report = fitted.apply(adapter, model)
@@ -508,13 +567,16 @@ class PeftModel(nn.Cell):
         base, tensors = self.get_base_model(), read_tensors(model_id, key_mapping=key_mapping, **hub)
         self._check_method(config)
         config = with_copies_in(tensors, config, base)
-        adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        undrawn = low_cpu_mem_usage or config.is_prompt_learning
+        adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype, undrawn)
+        tensors, saved = resumable(tensors, adapter, model_id, **hub)
         old = self.peft_config.get(adapter_name)
-        same = old is not None and _alike(old, adapter.config)
+        same = old is not None and adapter.prompt is None and _alike(old, adapter.config)
         if same:
             adapter = inject.adapter_in(base, adapter_name)
         fitted = fit(tensors, adapter, base)
-        fitted.report.check(strict, ignore_mismatched_sizes, low_cpu_mem_usage)
+        fitted.report.check(strict, ignore_mismatched_sizes, undrawn)
+        check_rows(fitted, adapter, saved)
         if old is not None:
             switch.unmerge_first(base, f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
         if not same:
@@ -522,7 +584,7 @@ class PeftModel(nn.Cell):
             inject.use(base, self.active_adapters)
             inject.settle(self)
         self.load_report = fitted.apply(adapter, base)
-        self.base_model.set_requires_grad(adapter_name, is_trainable)
+        self._switches.set_requires_grad(adapter_name, is_trainable)
         return self.load_report
 
     # ------------------------------------------------------------------------------------------------------------
@@ -551,6 +613,23 @@ class PeftModel(nn.Cell):
             library = getattr(kind, "parent_library", kind.__module__)
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": library}
         return config
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the files of an adapter are to hold.
+
+    Attributes:
+        adapter: the adapter.
+        entries: its tensors.
+        config: as it is saved.
+        keeps_encoder: the network that makes its virtual tokens, if there is one, gets a file of its own.
+    """
+
+    adapter: inject.Adapter
+    entries: dict[str, Named]
+    config: PeftConfig
+    keeps_encoder: bool
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

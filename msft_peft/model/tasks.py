@@ -10,6 +10,7 @@ class PeftModelForCausalLM(PeftModel):
     """A PeftModel of a decoder that predicts the next token."""
 
     _task: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
+    _pads_labels: ClassVar[bool] = True
     _pipeline_tag: ClassVar[str | None] = "text-generation"
 
 
@@ -23,6 +24,7 @@ class PeftModelForSequenceClassification(PeftModel):
     """A PeftModel of a sequence classifier; its head (`classifier` or `score`) is trained whole and saved."""
 
     _task: ClassVar[TaskType | None] = TaskType.SEQ_CLS
+    _extends_types: ClassVar[bool] = True
     _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
@@ -30,6 +32,8 @@ class PeftModelForTokenClassification(PeftModel):
     """A PeftModel of a token classifier; its head (`classifier` or `score`) is trained whole and saved."""
 
     _task: ClassVar[TaskType | None] = TaskType.TOKEN_CLS
+    _extends_types: ClassVar[bool] = True
+    _pads_labels: ClassVar[bool] = True
     _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
@@ -37,6 +41,7 @@ class PeftModelForQuestionAnswering(PeftModel):
     """A PeftModel of an extractive reader; its head (`qa_outputs`) is trained whole and saved."""
 
     _task: ClassVar[TaskType | None] = TaskType.QUESTION_ANS
+    _extends_types: ClassVar[bool] = True
     _heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
 
 

@@ -38,7 +38,7 @@ class Case:
     note: str
     net: Callable[[], nn.Cell]
     settings: dict[str, Any]
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     trains: tuple[str, ...] = ()
     identity: bool = True
@@ -75,7 +75,17 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """The cases of every registered method: each method has a module of cases, or this fails."""
+    """The cases of every registered method that works in a model's layers."""
+    return [case for case in _every_case() if case.method.prompt is None]
+
+
+def prompt_cases() -> list[Case]:
+    """The cases of every registered method that puts something before the input."""
+    return [case for case in _every_case() if case.method.prompt is not None]
+
+
+def _every_case() -> list[Case]:
+    """Each method has a module of cases, or this fails."""
     return [
         replace(case, method=method, note=f"{name.lower()}-{case.note}")
         for name, method in sorted(METHODS.items())

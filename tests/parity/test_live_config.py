@@ -43,12 +43,21 @@ def default(field: dataclasses.Field):
     return plain(field.default)
 
 
-@pytest.mark.parametrize("name", ["PeftConfig", "LoraConfig", "LoraRuntimeConfig"])
+PROMPTS = {
+    "PromptTuningConfig": "PROMPT_TUNING",
+    "PromptEncoderConfig": "P_TUNING",
+    "PrefixTuningConfig": "PREFIX_TUNING",
+    "MultitaskPromptTuningConfig": "MULTITASK_PROMPT_TUNING",
+    "CPTConfig": "CPT",
+}
+
+
+@pytest.mark.parametrize("name", ["PeftConfig", "LoraConfig", "LoraRuntimeConfig", "PromptLearningConfig", *PROMPTS])
 def test_every_field_and_its_default(name):
     hf = {field.name: default(field) for field in dataclasses.fields(getattr(peft, name))}
     mine = {field.name: default(field) for field in dataclasses.fields(getattr(msft_peft, name))}
-    if name == "LoraConfig":
-        hf["peft_type"] = "LORA"  # HF sets it when a config is made
+    if name == "LoraConfig" or name in PROMPTS:
+        hf["peft_type"] = PROMPTS.get(name, "LORA")  # HF sets it when a config is made
     assert mine == hf
 
 
@@ -62,6 +71,45 @@ def test_every_method_has_hfs_fields_and_defaults(method):
     hf = {field.name: default(field) for field in dataclasses.fields(getattr(peft, name))} | {"peft_type": method.name}
     mine = {field.name: default(field) for field in dataclasses.fields(method.config) if field.name not in beyond}
     assert mine == hf
+
+
+PROMPT_FIELDS = {
+    "PromptTuningConfig": {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 7, "token_dim": 32},
+    "PromptEncoderConfig": {
+        "encoder_reparameterization_type": "LSTM",
+        "encoder_num_layers": 3,
+        "encoder_dropout": 0.1,
+    },
+    "PrefixTuningConfig": {
+        "init_weights": "zero",
+        "prefix_projection": True,
+        "num_layers": 2,
+        "encoder_hidden_size": 9,
+    },
+    "MultitaskPromptTuningConfig": {"prompt_tuning_init": "EXACT_SOURCE_TASK", "num_ranks": 3, "num_tasks": 4},
+    "CPTConfig": {"cpt_token_ids": [3, 1], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 4]},
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_FIELDS)
+def test_files_of_prompt_configs_go_both_ways(name, tmp_path):
+    fields = {"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"], "revision": "x"} | PROMPT_FIELDS[name]
+    hf = getattr(peft, name)(**fields)
+    hf.save_pretrained(tmp_path / "theirs")
+    mine = PeftConfig.from_pretrained(tmp_path / "theirs")
+    assert type(mine) is getattr(msft_peft, name)
+    mine.save_pretrained(tmp_path / "ours")
+    getattr(msft_peft, name)(**fields).save_pretrained(tmp_path / "fresh")
+    again = peft.PeftConfig.from_pretrained(tmp_path / "ours")
+    assert plain(again.to_dict()) == plain(hf.to_dict()) == plain(mine.to_dict())
+    files = [ours.config_in(tmp_path / who) for who in ("ours", "fresh", "theirs")]
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_enums_of_prompt_configs():
+    for name in ("PromptTuningInit", "PromptEncoderReparameterizationType", "MultitaskPromptTuningInit"):
+        hf, mine = getattr(peft, name), getattr(msft_peft, name)
+        assert {member.name: member.value for member in mine} == {member.name: member.value for member in hf}
 
 
 def test_the_fields_of_a_fresh_config():

@@ -1,0 +1,1 @@
+"""The prompt methods, one file each; `discover` finds them by their METHOD."""
