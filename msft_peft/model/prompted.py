@@ -27,9 +27,11 @@ class Prompted(nn.Cell):
         prompts: the encoders; None for other methods.
     """
 
-    # What a task says of its inputs: labels that stand for tokens, and whether types of tokens are known to be given.
+    # What a task says of its inputs: whether labels stand for tokens of the input, whether types of tokens are usual,
+    # and whether the base model has a decoder beside its encoder.
     _pads_labels: ClassVar[bool] = False
     _extends_types: ClassVar[bool] = False
+    _has_decoder: ClassVar[bool] = False
 
     prompts: Prompts | None = None
 
@@ -51,15 +53,24 @@ class Prompted(nn.Cell):
         if self.prompts.argument == PREFIX_STATES:
             given = self._after_prefix(given, rows)
         else:
-            given = self._after_tokens(given, rows)
+            given = self._after_tokens(given, rows, encoder.in_decoder)
         return encoder.adjusted(self.base_model(**given), named)
 
-    def _after_tokens(self, named: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-        """The base model's arguments with the virtual tokens `rows`, (n, d) or (B, n, d), before its input."""
+    def _after_tokens(self, named: dict[str, Any], rows: Tensor, in_decoder: bool) -> dict[str, Any]:
+        """The base model's arguments with the virtual tokens `rows`, (n, d) or (B, n, d), before its input.
+
+        Of twice as many, the second half stands before the decoder's input, if `in_decoder`; otherwise it is unused.
+        """
         x = self._embedded(named)
-        n, b = rows.shape[-2], x.shape[0]
+        front = rows
+        if self._has_decoder:
+            config = self.prompt_encoder[self.prompts.active].config  # type: ignore[union-attr]
+            front = rows[..., : config.num_virtual_tokens, :]
+            if in_decoder and config.num_transformer_submodules > 1:
+                named = self._behind(named, rows[..., config.num_virtual_tokens :, :])
+        n, b = front.shape[-2], x.shape[0]
         # Each key is written once: gradients through a dict whose entries are replaced go wrong in compiled code.
-        given = {EMBEDDINGS: ops.concat((_for_batch(rows, b, x), x), 1)}
+        given = {EMBEDDINGS: ops.concat((_for_batch(front, b, x), x), 1)}
         for key in named:
             if key == "attention_mask":
                 given[key] = _lengthened(named[key], b, n, 1)
@@ -72,14 +83,35 @@ class Prompted(nn.Cell):
                 given[key] = named[key]
         return given
 
+    def _behind(self, named: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+        """The arguments with the virtual tokens `rows` before the decoder's input."""
+        if "decoder_inputs_embeds" in named:
+            x = named["decoder_inputs_embeds"]
+        elif "decoder_input_ids" in named:
+            x = self.prompts.table(named["decoder_input_ids"])  # type: ignore[union-attr, misc]
+        else:
+            ids = self.base_model.prepare_decoder_input_ids_from_labels(named["labels"])
+            x = self.prompts.table(ids)  # type: ignore[union-attr, misc]
+        n, b = rows.shape[-2], x.shape[0]
+        given = {"decoder_inputs_embeds": ops.concat((_for_batch(rows, b, x), x), 1)}
+        for key in named:
+            if key == "decoder_attention_mask":
+                given[key] = _lengthened(named[key], b, n, 1)
+            elif key == "labels":
+                given[key] = _lengthened(named[key], b, n, _IGNORED)
+            elif key not in ("decoder_input_ids", "decoder_inputs_embeds"):
+                given[key] = named[key]
+        return given
+
     def _after_prefix(self, named: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         """The base model's arguments with the prefix `rows`, (n, 2·L·K·D)."""
         if PREFIX_STATES in named:
             raise ValueError("a model with a prefix makes its own past_key_values: leave them out")
         b, n = self._first(named).shape[0], rows.shape[0]
         given: dict[str, Any] = {PREFIX_STATES: self._states(rows, b)}
+        mask = "decoder_attention_mask" if self._has_decoder else "attention_mask"
         for key in named:
-            if key == "attention_mask":
+            if key == mask:
                 given[key] = _lengthened(named[key], b, n, 1)
             elif key == "position_ids":
                 given[key] = named[key] + n
@@ -88,7 +120,10 @@ class Prompted(nn.Cell):
         return given
 
     def _states(self, rows: Tensor, batch: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(n, 2·L·K·D) -> for each layer a key and a value, each (B, K, n, D)."""
+        """(n, 2·L·K·D) -> for each layer a key and a value, each (B, K, n, D).
+
+        HF lays them out for both attentions of a decoder; of layer l the one that sees them has the pair 2·l mod L.
+        """
         config = self.prompt_encoder[self.prompts.active].config  # type: ignore[union-attr]
         layers, heads = config.num_layers, config.num_attention_heads
         n = rows.shape[0]
@@ -97,7 +132,8 @@ class Prompted(nn.Cell):
         shape = (batch, heads, n, parts.shape[-1])
         states: tuple[Any, ...] = ()
         for layer in range(layers):
-            key, value = parts[2 * layer], parts[2 * layer + 1]
+            pair = layer * config.num_transformer_submodules % layers
+            key, value = parts[2 * pair], parts[2 * pair + 1]
             states = (*states, (ops.broadcast_to(key, shape), ops.broadcast_to(value, shape)))
         return states
 
@@ -155,16 +191,23 @@ class Prompted(nn.Cell):
             return generate(**named | {PREFIX_STATES: self.get_prompt(batch)})
         x = self._embedded(shown)
         rows = self.get_prompt(batch, task_ids)
+        if self._has_decoder:
+            rows = rows[:, : self._encoder(prompts.active).config.num_virtual_tokens]
         n = rows.shape[1]
         named[EMBEDDINGS] = ops.concat((ops.cast(rows, x.dtype), x), 1)
         if mask is not None:
             named["attention_mask"] = _lengthened(Tensor(mask), batch, n, 1)
-        if named.get("max_length") is not None:
+        if named.get("max_length") is not None and not self._has_decoder:
             named["max_length"] += n  # it counts the tokens that the caller sees
         if "position_ids" in inspect.signature(generate).parameters:
-            # As in training: counted over the padding too.
-            named["position_ids"] = ops.broadcast_to(ops.arange(n + x.shape[1]), (batch, n + x.shape[1]))
+            named["position_ids"] = self._positions(named.get("attention_mask"), batch, n + x.shape[1])
         return generate(**named) if ids is None else generate(**named | {prompts.ids: ids})
+
+    def _positions(self, mask: Tensor | None, batch: int, length: int) -> Tensor:
+        """Positions (B, T) as a forward pass, training for instance, counts them by itself: over padding, too."""
+        slots = ops.arange(length)
+        count = getattr(self.base_model.base_model, "positions", None)  # a model may count in a way of its own
+        return ops.broadcast_to(slots if count is None else count(slots, mask), (batch, length))
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
         """What the active adapter puts before a batch.

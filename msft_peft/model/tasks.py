@@ -18,6 +18,7 @@ class PeftModelForSeq2SeqLM(PeftModel):
     """A PeftModel of an encoder-decoder."""
 
     _task: ClassVar[TaskType | None] = TaskType.SEQ_2_SEQ_LM
+    _has_decoder: ClassVar[bool] = True
 
 
 class PeftModelForSequenceClassification(PeftModel):

@@ -31,7 +31,7 @@ class _Start:
         new: how many tokens may be added.
         names: what the model calls the ids and the mask of its new tokens.
         fixed: arguments of every step, with the batch as their first axis.
-        has_positions: whether a step is also told the position of its token.
+        position: (B, 1), of the first new token; None if the model counts by itself.
     """
 
     tokens: np.ndarray
@@ -41,7 +41,7 @@ class _Start:
     new: int
     names: tuple[str, str] = ("input_ids", "attention_mask")
     fixed: dict[str, np.ndarray] = field(default_factory=dict)
-    has_positions: bool = True
+    position: np.ndarray | None = None
 
 
 class GenerativeModel(PreTrainedModel):
@@ -64,6 +64,7 @@ class GenerativeModel(PreTrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         past_key_values: tuple[tuple[Tensor, Tensor], ...] | None = None,
+        position_ids: Tensor | np.ndarray | None = None,
         generation_config: Any = None,
         show_progress: bool = False,
         **options: Any,
@@ -76,6 +77,8 @@ class GenerativeModel(PreTrainedModel):
                 `past_key_values` these count as real. Default: all are real.
             inputs_embeds: (B, T, H), in place of the embeddings of `input_ids`, such as soft prompts.
             past_key_values: a prefix of P keys and values for each layer, which stands before the prompt.
+            position_ids: (B, T), of the prompt, from whose last one on new tokens are counted; default: real tokens
+                are counted, those of a prefix too.
             generation_config: options, as a dict or an object with `to_dict()`, such as HF's GenerationConfig.
             show_progress: show a bar that counts the tokens.
             options: see `GenerationConfig`; they win over `generation_config`.
@@ -93,30 +96,37 @@ class GenerativeModel(PreTrainedModel):
         prefix = 0 if past_key_values is None else past_key_values[0][0].shape[2]
         tokens, prompt, real = _read_prompt(input_ids, inputs_embeds, attention_mask, prefix)
         new = config.count_new(prompt.shape[1])
+        if position_ids is None:
+            positions = np.maximum(real.cumsum(-1, dtype=np.int32) - 1, 0)[:, prefix:]
+        else:
+            positions = _as_array(position_ids).astype(np.int32)
         if ms.get_context("mode") == ms.GRAPH_MODE and not (prefix and self.base_model.window):
             extra = -prompt.shape[1] % _BUCKET  # stands before the prompt: a window reaches over it, but to no prefix
             prompt = np.pad(prompt, [(0, 0), (extra, 0)] + [(0, 0)] * (prompt.ndim - 2))
             real = np.insert(real, [prefix] * extra, 0, axis=1)
+            positions = np.pad(positions, [(0, 0), (extra, 0)])
         with _evaluating(self):
             outputs = self(
                 **{"input_ids" if inputs_embeds is None else "inputs_embeds": Tensor(prompt)},
                 attention_mask=Tensor(real),
-                position_ids=Tensor(np.maximum(real.cumsum(-1, dtype=np.int32) - 1, 0)[:, prefix:]),
+                position_ids=Tensor(positions),
                 past_key_values=None if past_key_values is None else ms.mutable(past_key_values),
                 use_cache=True,
                 logits_to_keep=1,
             )
-            start = _Start(tokens, outputs["logits"].asnumpy()[:, -1], outputs["past_key_values"], real, new)
+            scores, cache = outputs["logits"].asnumpy()[:, -1], outputs["past_key_values"]
+            start = _Start(tokens, scores, cache, real, new, position=positions[:, -1:] + 1)
             return self._continue(start, config, show_progress)
 
     def _continue(self, start: _Start, config: GenerationConfig, show_progress: bool) -> Tensor:
         """Add tokens to the prompts of `start`, one a step, and return the texts."""
         search = (Sampling if config.num_beams == 1 else Beams)(config, start.tokens, start.new)
-        scores, cache, real, fixed = start.scores, start.cache, start.real, start.fixed
+        scores, cache, real, fixed, position = start.scores, start.cache, start.real, start.fixed, start.position
         if config.rows > 1:
             rows = np.repeat(np.arange(len(real)), config.rows)
             cache = rearranged(cache, rows, all_parts=True)
             scores, real, fixed = scores[rows], real[rows], {name: value[rows] for name, value in fixed.items()}
+            position = None if position is None else position[rows]
             if self.on_repeat is not None:
                 self.on_repeat(config.rows)
         filled = real.shape[1]
@@ -126,14 +136,13 @@ class GenerativeModel(PreTrainedModel):
         real = np.pad(real, [(0, 0), (0, size - filled)])
         cache = _lengthened(cache, size) if fixed_size else cache
         given: dict[str, Any] = {name: Tensor(value) for name, value in fixed.items()}
-        position = real.sum(-1, keepdims=True, dtype=np.int32)
         for slot in tqdm(range(filled, filled + start.new), desc="Generating", disable=not show_progress):
             if search.advance(scores):
                 break
             if search.parents is not None:
                 cache = rearranged(cache, search.parents)
             real[:, slot] = 1
-            if start.has_positions:
+            if position is not None:
                 given["position_ids"] = Tensor(position)
                 position = position + 1
             if fixed_size:
@@ -225,7 +234,7 @@ class Seq2SeqModel(GenerativeModel):
             )
             scores, cache = outputs["logits"].asnumpy()[:, -1], outputs["past_key_values"]
             names = ("decoder_input_ids", "decoder_attention_mask")
-            start = _Start(tokens, scores, cache, real, new, names, {"attention_mask": seen}, has_positions=False)
+            start = _Start(tokens, scores, cache, real, new, names, {"attention_mask": seen})
             return self._continue(start, config, show_progress)
 
     def _first_tokens(
