@@ -2,12 +2,13 @@
 
 import argparse
 
-from benchmarks import generation, lora_step, many_adapters
+from benchmarks import generation, lora_step, many_adapters, prompts
 
 MEASUREMENTS = {
     "lora_step": lora_step.main,
     "many_adapters": many_adapters.main,
     "generation": generation.main,
+    "prompts": prompts.main,
 }
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
