@@ -418,6 +418,7 @@ def inject_adapter_in_model(
         raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
     if getattr(peft_config, "alora_invocation_tokens", None) is not None:
         raise ConfigError("alora_invocation_tokens needs get_peft_model: something must look for them in the input.")
+    method_of(peft_config)  # it refuses what is no config
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} puts nothing into a model's layers: use get_peft_model.")
     config = peft_config if state_dict is None else narrowed(peft_config, model, state_dict)

@@ -8,8 +8,11 @@ from mindspore import Tensor, nn
 
 from msft_peft import MergeError, PeftModel
 from msft_peft.core.layer import Wrapper
-from tests.cases import Case, layers_of, output, read_the_base, weights_of
+from tests.cases import Case, layers_of, life_cases, output, read_the_base, weights_of
 from tests.tolerances import array, assert_same, differ
+
+# What depends on the bookkeeping, and not on the kind of layer.
+of_life = pytest.mark.parametrize("case", life_cases(), ids=lambda case: case.note)
 
 
 def base_weights(model: PeftModel) -> list[Any]:
@@ -53,6 +56,7 @@ def test_merged_and_unmerged_outputs_agree(case: Case, mode: str):
     assert [w.tobytes() for w in base_weights(model)] == [w.tobytes() for w in restored]
 
 
+@of_life
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_safe_merge_writes_no_nan(case: Case, mode: str, bad: float):
     model = case.adapted()
@@ -70,6 +74,7 @@ def test_a_safe_merge_writes_no_nan(case: Case, mode: str, bad: float):
         assert not any(layer.merged for layer in layers_of(model))
 
 
+@of_life
 def test_a_safe_merge_of_sound_weights_is_a_merge(case: Case):
     plain, safe = case.adapted(), case.adapted()
     if not case.can_merge:
@@ -111,6 +116,7 @@ def test_merging_two_adapters_one_after_the_other(case: Case, mode: str):
         assert differ(merged, one)
 
 
+@of_life
 def test_an_unknown_adapter_cannot_be_merged(case: Case):
     model = case.adapted()
     before = base_weights(model)
@@ -143,6 +149,7 @@ def test_merge_and_unload_leaves_the_base_models_own_cells(case: Case, mode: str
     assert {p.dtype for p in merged.get_parameters()} == {p.dtype for p in case.base().get_parameters()}
 
 
+@of_life
 def test_merge_and_unload_of_one_adapter_of_two(case: Case):
     if case.residual:
         pytest.skip("the other adapter gives back what it took from the base, so that the outputs are others")
@@ -157,6 +164,7 @@ def test_merge_and_unload_of_one_adapter_of_two(case: Case):
     assert_same(output(model.merge_and_unload(adapter_names=["two"])), expected, "merge")
 
 
+@of_life
 @pytest.mark.parametrize("merged", [False, True])
 def test_unload_gives_back_the_base_model(case: Case, mode: str, merged: bool):
     base = case.base()
@@ -178,6 +186,7 @@ def test_unload_gives_back_the_base_model(case: Case, mode: str, merged: bool):
     assert weights_of(again, "default")
 
 
+@of_life
 def test_switching_a_merged_model_unmerges_it_first(case: Case):
     model = case.pair()
     if not case.can_merge:
@@ -191,6 +200,7 @@ def test_switching_a_merged_model_unmerges_it_first(case: Case):
     assert_same(output(model), one)
 
 
+@of_life
 def test_a_merged_adapter_cannot_be_deleted(case: Case):
     model = case.pair()
     if not case.can_merge:
@@ -206,6 +216,7 @@ def test_a_merged_adapter_cannot_be_deleted(case: Case):
     assert_same(output(model), output(case.base()))
 
 
+@of_life
 def test_a_disabled_model_acts_as_its_base_whatever_is_merged(case: Case):
     model = case.adapted(**({"bias": "none"} if case.trains else {}))
     with model.disable_adapter():

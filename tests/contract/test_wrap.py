@@ -11,8 +11,11 @@ from mindspore import nn
 from msft_peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer
 from tests import nets
-from tests.cases import Case, fixed_of, output, shake, weights_of
+from tests.cases import Case, fixed_of, life_cases, output, shake, weights_of
 from tests.tolerances import array, assert_same, differ
+
+# What depends on the bookkeeping, and not on the kind of layer.
+of_life = pytest.mark.parametrize("case", life_cases(), ids=lambda case: case.note)
 
 PREFIX = "base_model.model."
 
@@ -64,6 +67,7 @@ def test_the_targets_and_nothing_else_are_wrapped(case: Case, mode: str):
             assert cell is before[path]
 
 
+@of_life
 def test_wrapping_copies_no_base_weight(case: Case, mode: str):
     base = case.base()
     before = [(p, address(p), array(p)) for p in base.get_parameters()]
@@ -121,6 +125,7 @@ def test_the_state_dict_has_the_same_names_and_no_others(case: Case):
     assert set(model.state_dict()) - tied == {p.name for p in model.get_parameters()}
 
 
+@of_life
 def test_injecting_without_a_peft_model(case: Case, mode: str):
     base = case.base()
     own = {id(p) for p in base.get_parameters()}
