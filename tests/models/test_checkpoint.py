@@ -179,9 +179,11 @@ def test_half_precision(folder, stored):
         models.AutoModelForCausalLM.from_pretrained(folder, dtype="int8")
 
 
-def test_float16_runs(folder):
-    full = logits(models.AutoModelForCausalLM.from_pretrained(folder))
-    half = models.AutoModelForCausalLM.from_pretrained(folder, dtype="float16")
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "opt-350m", "bloom"])
+def test_float16_runs(name, tmp_path):
+    tiny.decoder(name).save_pretrained(tmp_path)
+    full = logits(models.AutoModelForCausalLM.from_pretrained(tmp_path))
+    half = models.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float16")
     out = half(Tensor(tiny.tokens()), labels=Tensor(tiny.tokens()))
     assert out["logits"].dtype == ms.float16
     tiny.close(out["logits"].asnumpy().astype(np.float32), full, 2e-2)

@@ -162,7 +162,9 @@ MODELS = {
     "bloom_seq_cls": other("BloomForSequenceClassification", BLOOM, task_type="SEQ_CLS", target_modules="all-linear"),
     "bloom_token_cls": other("BloomForTokenClassification", BLOOM, task_type="TOKEN_CLS"),
     "bloom_qa": other("BloomForQuestionAnswering", BLOOM, task_type="QUESTION_ANS"),
-    "roberta_seq_cls": other("RobertaForSequenceClassification", ROBERTA, task_type="SEQ_CLS"),
+    "roberta_seq_cls": other(
+        "RobertaForSequenceClassification", ROBERTA, task_type="SEQ_CLS", target_modules="all-linear"
+    ),
     "roberta_token_cls": other("RobertaForTokenClassification", ROBERTA, task_type="TOKEN_CLS"),
     "roberta_qa": other("RobertaForQuestionAnswering", ROBERTA, task_type="QUESTION_ANS"),
     "roberta_masked": other("RobertaForMaskedLM", ROBERTA),
