@@ -33,9 +33,8 @@ def attend(
     """
     b, n, t, d = q.shape
     groups, s = k.shape[1], k.shape[2]
-    q = (q * (d**-0.5 if scale is None else scale)).reshape(
-        (b, groups, n // groups * t, d)
-    )  # heads of a group stand one after another
+    q = q * (d**-0.5 if scale is None else scale)
+    q = q.reshape((b, groups, n // groups * t, d))  # heads of a group stand one after another
     scores = _dot(q, k).astype(ms.float32)
     if mask is not None:
         scores = (scores.reshape((b, n, t, s)) + mask).reshape((b, groups, n // groups * t, s))

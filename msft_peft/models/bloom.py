@@ -38,6 +38,7 @@ class BloomAttention(nn.Cell):
         self.num_heads = config.n_head
         self.query_key_value = linear(width, 3 * width, True, std)
         self.dense = linear(width, width, True, std)
+        self.out_dropout = nn.Dropout(p=config.hidden_dropout)
         self.dropout = config.attention_dropout
 
     def construct(self, x, mask, past=None, slot=None):
@@ -45,7 +46,8 @@ class BloomAttention(nn.Cell):
         q, k, v = split_heads(self.query_key_value(x), self.num_heads, True)
         if past is not None:
             k, v = remember(past[0], k, slot), remember(past[1], v, slot)
-        return self.dense(attend(q, k, v, mask, self.dropout if self.training else 0.0)), k, v
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.out_dropout(self.dense(y)), k, v
 
 
 class BloomMLP(nn.Cell):
@@ -56,10 +58,11 @@ class BloomMLP(nn.Cell):
         width, std = config.hidden_size, config.initializer_range
         self.dense_h_to_4h = linear(width, 4 * width, True, std)
         self.dense_4h_to_h = linear(4 * width, width, True, std)
+        self.dropout = nn.Dropout(p=config.hidden_dropout)
 
     def construct(self, x):
         """Map (B, T, H) to (B, T, H)."""
-        return self.dense_4h_to_h(gelu_tanh(self.dense_h_to_4h(x)))
+        return self.dropout(self.dense_4h_to_h(gelu_tanh(self.dense_h_to_4h(x))))
 
 
 class BloomBlock(nn.Cell):
@@ -72,15 +75,14 @@ class BloomBlock(nn.Cell):
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mlp = BloomMLP(config)
         self.adds_to_normed = config.apply_residual_connection_post_layernorm
-        self.dropout = nn.Dropout(p=config.hidden_dropout)
 
     def construct(self, x, mask, past=None, slot=None):
         """Map (B, T, H) to (B, T, H); also return all keys and values."""
         normed = self.input_layernorm(x)
         y, k, v = self.self_attention(normed, mask, past, slot)
-        x = self.dropout(y) + (normed if self.adds_to_normed else x)
+        x = y + (normed if self.adds_to_normed else x)
         normed = self.post_attention_layernorm(x)
-        return self.dropout(self.mlp(normed)) + (normed if self.adds_to_normed else x), k, v
+        return self.mlp(normed) + (normed if self.adds_to_normed else x), k, v
 
 
 class BloomModel(Decoder):

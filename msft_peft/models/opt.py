@@ -48,6 +48,7 @@ class OPTAttention(nn.Cell):
         self.v_proj = linear(width, width, bias, std)
         self.q_proj = linear(width, width, bias, std)
         self.out_proj = linear(width, width, bias, std)
+        self.out_dropout = nn.Dropout(p=config.dropout)
         self.dropout = config.attention_dropout
 
     def construct(self, x, mask, past=None, slot=None):
@@ -59,7 +60,8 @@ class OPTAttention(nn.Cell):
         v = self.v_proj(x).reshape(heads).swapaxes(1, 2)
         if past is not None:
             k, v = remember(past[0], k, slot), remember(past[1], v, slot)
-        return self.out_proj(attend(q, k, v, mask, self.dropout if self.training else 0.0)), k, v
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.out_dropout(self.out_proj(y)), k, v
 
 
 class OPTDecoderLayer(nn.Cell):
@@ -80,7 +82,7 @@ class OPTDecoderLayer(nn.Cell):
     def construct(self, x, mask, past=None, slot=None):
         """Map (B, T, H) to (B, T, H); also return all keys and values."""
         y, k, v = self.self_attn(self.self_attn_layer_norm(x) if self.norms_first else x, mask, past, slot)
-        x = x + self.dropout(y)
+        x = x + y
         if not self.norms_first:
             x = self.self_attn_layer_norm(x)
         y = self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(x) if self.norms_first else x)))

@@ -66,12 +66,12 @@ class RobertaClassificationHead(nn.Cell):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = linear(config.hidden_size, config.hidden_size, True, config.initializer_range)
-        self.dropout = head_dropout(config)
+        self.dropout, self.inner_dropout = head_dropout(config), head_dropout(config)
         self.out_proj = linear(config.hidden_size, config.num_labels, True, config.initializer_range)
 
     def construct(self, x):
         """Map (B, T, H) to (B, C)."""
-        return self.out_proj(self.dropout(tanh(self.dense(self.dropout(x[:, 0])))))
+        return self.out_proj(self.inner_dropout(tanh(self.dense(self.dropout(x[:, 0])))))
 
 
 class RobertaForSequenceClassification(RobertaPreTrainedModel, BertForSequenceClassification):

@@ -1,5 +1,6 @@
 """The reference models by themselves: both modes agree, gradients are true, masks mask, replaced layers are used."""
 
+from collections import Counter
 from functools import partial
 
 import mindspore as ms
@@ -223,13 +224,31 @@ def test_loss_only_counts_its_columns():
         models.LossOnly(tiny.decoder(), ("input_ids", "labels"))(ids, ids, ids)
 
 
-def test_dropout_acts_in_training_only():
-    model = classifier(attention_probs_dropout_prob=0.5)
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        *[(name, rate) for name in tiny.ENCODERS for rate in ("attention_probs_dropout_prob", "classifier_dropout")],
+        *[("gpt2", rate) for rate in ("attn_pdrop", "embd_pdrop", "resid_pdrop")],
+        *[(name, "attention_dropout") for name in ("llama3", "opt", "bloom")],
+        *[("opt", "dropout"), ("bloom", "hidden_dropout")],
+    ],
+)
+def test_dropout_acts_in_training_only(name, rate, monkeypatch):
+    """And no Dropout acts twice: compiled code would drop the same both times."""
+    model = EACH[name](**{rate: 0.5}) if name in tiny.ENCODERS else tiny.decoder(name, **{rate: 0.5})
     ids = Tensor(tiny.tokens())
     still = model(ids)["logits"].asnumpy()
     np.testing.assert_array_equal(model(ids)["logits"].asnumpy(), still)
     model.set_train()
+    calls, act = Counter(), nn.Dropout.construct
+
+    def construct(self, x):
+        calls[id(self)] += 1
+        return act(self, x)
+
+    monkeypatch.setattr(nn.Dropout, "construct", construct)
     assert np.abs(model(ids)["logits"].asnumpy() - still).max() > 1e-3
+    assert set(calls.values()) == (set() if name == "llama3" else {1})
 
 
 def test_gradient_of_padding_row_is_zero():
