@@ -280,7 +280,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         self.dropout = head_dropout(config)
         self.classifier = linear(config.hidden_size, config.num_labels, True, config.initializer_range)
 
-    def score(self, body):
+    def classify(self, body):
         """The scores (B, C) from what the body returned."""
         return self.classifier(self.dropout(body["pooler_output"]))
 
@@ -309,7 +309,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
             past_key_values,
             output_hidden_states,
         )
-        logits = self.score(body)
+        logits = self.classify(body)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return _outputs(body, {"logits": logits}, loss)
 

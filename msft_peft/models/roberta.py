@@ -84,7 +84,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel, BertForSequenceCl
         self.add_body(self.body_class(config, add_pooling_layer=False))
         self.classifier = RobertaClassificationHead(config)
 
-    def score(self, body):
+    def classify(self, body):
         """The scores (B, C) from what the body returned."""
         return self.classifier(body["last_hidden_state"])
 

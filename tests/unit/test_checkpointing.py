@@ -11,11 +11,12 @@ from mindspore import Parameter, Tensor, nn, ops
 from msft_peft import (
     LoraConfig,
     get_peft_model,
+    models,
     prepare_model_for_gradient_checkpointing,
     prepare_model_for_kbit_training,
 )
 from msft_peft.backend.graphs import compiled_count
-from msft_peft.backend.recompute import set_recompute
+from msft_peft.backend.recompute import is_recomputed, set_recompute
 from msft_peft.errors import ConfigError, PeftWarning
 from tests import nets
 from tests.cases import shake, weights_of
@@ -257,6 +258,15 @@ def test_tensors_in_tuples_dicts_and_keywords_get_their_gradients():
     for one, other in zip(actual[1][0] + actual[1][1], expected[1][0] + expected[1][1], strict=True):
         assert np.abs(array(other)).max() > 0
         assert_same(one, other, "gradient")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "roberta"])
+def test_the_blocks_of_every_model_are_found(name):
+    settings = tiny.ENCODERS[name] if name in tiny.ENCODERS else tiny.DECODERS[name][1]
+    config = models.AutoConfig.for_model(name, **settings)
+    for model in (models.AutoModel.from_config(config), models.AutoModelForQuestionAnswering.from_config(config)):
+        prepare_model_for_gradient_checkpointing(model)
+        assert sum(is_recomputed(cell) for _, cell in model.cells_and_names()) == config.num_hidden_layers
 
 
 def test_what_cannot_be_done_is_refused():
