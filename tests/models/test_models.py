@@ -191,6 +191,40 @@ def test_tied_weights_are_one_parameter():
     assert masked.cls.predictions.decoder.weight is masked.get_input_embeddings().weight
 
 
+def test_encoder_and_decoder_share_the_embedding():
+    model = tiny.seq2seq("t5")
+    names = [p.name for p in model.get_parameters()]
+    assert names == [path for path, _ in model.parameters_and_names()]
+    assert {"shared.weight", "decoder.block.0.layer.1.EncDecAttention.q.weight"} <= set(names)
+    assert not {"lm_head.weight", "encoder.embed_tokens.weight"} & set(names)
+    ids = Tensor(tiny.tokens())
+    before = model(ids, decoder_input_ids=ids, use_cache=True)
+    model.set_input_embeddings(Doubled(model.get_input_embeddings()))
+    after = model(ids, decoder_input_ids=ids)
+    assert np.abs((after["logits"] - before["logits"]).asnumpy()).max() > 1e-2
+    difference = after["encoder_last_hidden_state"] - before["encoder_last_hidden_state"]
+    assert np.abs(difference.asnumpy()).max() > 1e-2
+
+
+def test_labels_become_decoder_inputs():
+    model = tiny.seq2seq("mt5", decoder_start_token_id=5)
+    labels = np.array([[7, 8, -100, 9]], np.int32)
+    moved = model.prepare_decoder_input_ids_from_labels(Tensor(labels)).asnumpy()
+    np.testing.assert_array_equal(moved, [[5, 7, 8, 0]])
+    with pytest.raises(ValueError, match=r"decoder_start_token_id is None.*pass decoder_input_ids"):
+        tiny.seq2seq("t5", decoder_start_token_id=None)(Tensor(tiny.tokens()), labels=Tensor(labels))
+
+
+def test_t5_refuses():
+    model, ids = tiny.seq2seq("t5"), Tensor(tiny.tokens())
+    with pytest.raises(ValueError, match="either decoder_input_ids or decoder_inputs_embeds"):
+        model(ids)
+    with pytest.raises(ValueError, match=r"5 columns.*12 new"):
+        model(ids, decoder_input_ids=ids, decoder_attention_mask=Tensor(np.ones((3, 5), np.int32)))
+    with pytest.raises(ValueError, match="'swish-gelu', not '<activation>'"):
+        models.T5Config(feed_forward_proj="swish-gelu")
+
+
 def test_random_weights_repeat_with_the_seed():
     ms.set_seed(5)
     first = tiny.decoder("llama")
@@ -316,6 +350,17 @@ def test_norms_are_those_of_the_papers():
         assert norm.average is not None
         norm.average = None  # the formula for other devices
         tiny.close(norm(Tensor(x)).asnumpy(), fast, 1e-6)
+    few = x[:1]  # so few rows have a formula of their own
+    rms, layer = tiny.scatter(RMSNorm(16, 1e-6)), tiny.scatter(LayerNorm(16, 1e-12))
+    weights = Tensor(np.random.RandomState(1).randn(*few.shape).astype(np.float32))
+    for norm in (rms, layer):
+        tiny.close(norm(Tensor(few)).asnumpy(), norm(Tensor(x)).asnumpy()[:1], 1e-6)
+
+        def loss(x, weights, norm=norm):
+            return (norm(x)[:1] * weights).sum()
+
+        slopes = [ms.grad(loss)(Tensor(rows), weights).asnumpy()[:1] for rows in (few, x)]
+        tiny.close(slopes[0], slopes[1], 1e-5)
     half = rms(Tensor(x).astype(ms.float16))
     assert half.dtype == ms.float16
 
