@@ -112,9 +112,17 @@ BEHAVIOURS: dict[str, str] = {
     "52 low_cpu_mem_usage": "test_52_no_weights_are_drawn_and_none_can_pass_unnoticed test_52_files_load_alike",
     "53 key_mapping": "test_53_key_mapping_renames_what_a_file_holds test_key_mappings_rename_alike",
     "54 base weights under their own names": "test_54_base_weights_have_the_names_that_they_had",
-    # Tasks and tools.
-    "57 heads of tasks": "test_the_task_decides_the_class test_hf_s_adapter_on_our_model",
-    "58 generation": "test_greedy_generation_in_both_modes",
+    # Prompts, tasks and tools.
+    "55 what stands before the input": (
+        "test_it_stands_before_the_input test_numbers_and_files test_sizes_of_a_prefix_where_heads_are_shared"
+    ),
+    "56 the virtual tokens alone are saved": "test_the_state_dict_is_what_hfs_file_holds test_numbers_and_files",
+    "57 heads of tasks": (
+        "test_the_task_decides_the_class test_hf_s_adapter_on_our_model "
+        "test_exactly_the_prompt_and_the_heads_train test_numbers_and_files"
+    ),
+    "58 generation": "test_greedy_generation_in_both_modes test_the_same_greedy_tokens test_generation_in_graph_mode",
+    "59 no prefix with gradient checkpointing": "test_prefixes_and_gradient_checkpointing",
     "60 trainable tokens": (
         "test_only_the_named_rows_change_and_a_tied_head_follows test_rows_of_a_tied_head_of_its_own"
     ),
@@ -135,6 +143,8 @@ BEHAVIOURS: dict[str, str] = {
     "S9 deleting the last adapter": "test_deleting_the_active_adapter_makes_another_one_active",
     "S10 modules_to_save by whole names": "test_modules_to_save_named_like_the_end_of_others",
     "S11 missing keys of this adapter alone": "test_adapters_named_like_parts_of_paths",
+    "S12 disabling prompts before any head": "test_switches_are_seen_in_both_modes",
+    "S16 training goes on from files": "test_training_goes_on_where_it_was_left",
     "S13 no false alarm about lora_bias": "test_nothing_warns_without_need",
     "S14 merging tied and half-precision weights": (
         "test_tied_weights_are_not_merged test_bfloat16_weights_merge_and_come_back_to_the_bit"
