@@ -10,6 +10,7 @@ from mindspore.communication import get_group_size, get_rank
 from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.core.inject import configs_of, held_ids
 from msft_peft.core.layer import TunerLayer, wrappers
+from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import ConfigError, PeftError
 
@@ -81,8 +82,9 @@ def _adapter_parameters(model: nn.Cell) -> list[Parameter]:
     base = base_of(model)
     if not configs_of(base):
         raise ConfigError(f"{type(model).__name__} has no adapters: call get_peft_model first.")
-    held = held_ids(base)
-    return [p for p in base.get_parameters() if id(p) in held or p.requires_grad]
+    held, prompts = held_ids(base), prompts_of(base)
+    before = [] if prompts is None else [p for cell in prompts.held().values() for p in cell.get_parameters()]
+    return [p for p in base.get_parameters() if id(p) in held or p.requires_grad] + before
 
 
 def _workers() -> int:

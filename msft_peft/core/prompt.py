@@ -1,7 +1,8 @@
 """What prompt methods put before the input: virtual tokens, or keys and values. Nothing in the model is wrapped."""
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 import mindspore as ms
@@ -117,10 +118,16 @@ class VirtualTokens(nn.Cell):
 
     def rows(self) -> np.ndarray:
         """The rows as they are now, nothing dropped at random."""
+        with self.resting():
+            return as_float32(to_numpy(self.virtual())).copy()
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside the block it is not in training mode."""
         training = self.training
         self.set_train(False)
         try:
-            return as_float32(to_numpy(self.virtual())).copy()
+            yield
         finally:
             self.set_train(training)
 
@@ -155,6 +162,10 @@ class Prompts:
         self.table: nn.Cell | None = None
         self.arguments = tuple(inspect.signature(model.construct).parameters)
         self.ids = "input_ids" if "input_ids" in self.arguments else next(iter(self.arguments), "input_ids")
+        self.measure(model)
+
+    def measure(self, model: nn.Cell) -> None:
+        """Note the base model's dtype."""
         self.dtype = next((p.dtype for p in model.get_parameters() if p.dtype in FLOAT_DTYPES), ms.float32)
 
     def held(self) -> Mapping[str, VirtualTokens]:

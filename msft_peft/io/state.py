@@ -1,7 +1,9 @@
 """State dicts: the tensors of an adapter, or of the base model beneath it, out of a model and into one."""
 
+import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from mindspore import Parameter, Tensor, nn
 
 from msft_peft.backend.tree import Named, torch_shape
 from msft_peft.core import inject, switch
+from msft_peft.core.inject import Adapter
 from msft_peft.core.keys import PREFIX
 from msft_peft.core.layer import Wrapper
 from msft_peft.core.tuner import base_of
@@ -48,9 +51,11 @@ def get_peft_model_state_dict(
     base = base_of(model)
     adapter = inject.adapter_in(base, adapter_name)
     prefix = "" if base is model else adapter.prefix
-    entries = adapter.entries(base) | embeddings_to_save(base, adapter, save_embedding_layers)
-    if state_dict is not None:
-        entries = taken_from(state_dict, entries, prefix)
+    beside = embeddings_to_save(base, adapter, save_embedding_layers)
+    if state_dict is None:
+        entries = adapter.entries(base) | beside
+    else:
+        entries = entries_from(state_dict, adapter, base, prefix)[1] | taken_from(state_dict, beside, prefix)
     return {prefix + key: Tensor(named.read().copy()) for key, named in sorted(entries.items())}
 
 
@@ -177,6 +182,26 @@ def _base_parameters(base: nn.Cell) -> dict[str, tuple[Parameter, tuple[int, ...
 
     walk(base, "")
     return found
+
+
+def entries_from(
+    state_dict: State, adapter: Adapter, model: nn.Cell, prefix: str | None = None
+) -> tuple[Adapter, dict[str, Named]]:
+    """`Adapter.entries` with the values that `state_dict` has, and the adapter that they are of.
+
+    Virtual tokens that a network makes are made anew, by a copy of it with those values.
+
+    Raises:
+        LoadError: see `taken_from`.
+    """
+    values = taken_from(state_dict, adapter.needed(model), adapter.prefix if prefix is None else prefix)
+    if adapter.prompt is None or not adapter.prompt.reparametrised:
+        return adapter, values
+    prompt = copy.deepcopy(adapter.prompt)
+    for key, named in prompt.own().items():
+        named.write(values[key].read())
+    adapter = replace(adapter, prompt=prompt)
+    return adapter, {key: values.get(key, named) for key, named in adapter.entries(model).items()}
 
 
 def taken_from(state_dict: State, entries: Mapping[str, Named], prefix: str = PREFIX) -> dict[str, Named]:

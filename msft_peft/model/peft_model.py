@@ -35,7 +35,7 @@ from msft_peft.io.adapter import (
 )
 from msft_peft.io.card import CARD_NAME, About, write_card
 from msft_peft.io.load import LoadReport, check_rows, fit
-from msft_peft.io.state import State, taken_from
+from msft_peft.io.state import State, entries_from, taken_from
 from msft_peft.model.prompted import Prompted, PromptSwitches
 from msft_peft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from msft_peft.registry import method_of
@@ -259,17 +259,11 @@ class PeftModel(Prompted):
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The state of every layer that adapters have something in; see the function of this name."""
-        self._check_layers()
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
         """The state of the adapters as a whole; see the function of this name."""
-        self._check_layers()
         return get_model_status(self)
-
-    def _check_layers(self) -> None:
-        if self.prompts is not None:
-            raise TypeError("Layer and model status are of adapters in layers; prompt methods have none there.")
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -448,14 +442,17 @@ class PeftModel(Prompted):
         plan = {}
         for name in names:
             adapter = inject.adapter_in(base, name)
-            entries, config = adapter.entries(base), adapter.config
             beside = embeddings_to_save(base, adapter, save_embedding_layers)
             if state_dict is not None:
-                entries, beside = taken_from(state_dict, entries), taken_from(state_dict, beside)
+                adapter, entries = entries_from(state_dict, adapter, base)
+                beside = taken_from(state_dict, beside, adapter.prefix)
+            else:
+                entries = adapter.entries(base)
+            config = adapter.config
             if initial is not None:
                 entries, config = as_plain_lora(adapter, entries, initial)
-            keeps = save_prompt_encoder_weights and state_dict is None
-            plan[name] = _Files(adapter, entries | beside, self._config_to_save(config), keeps)
+            files = _Files(adapter, entries | beside, self._config_to_save(config), save_prompt_encoder_weights)
+            plan[name] = files
         return plan
 
     def _write_files(self, folder: Path, plan: Mapping[str, "_Files"]) -> None:

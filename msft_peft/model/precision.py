@@ -10,6 +10,7 @@ from mindspore import Parameter, nn
 from msft_peft.backend.arrays import FLOAT_DTYPES, HALF_DTYPES
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core.layer import TunerLayer, wrappers
+from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import ConfigError, MergeError
 
@@ -39,6 +40,9 @@ def cast_mixed_precision_params(model: nn.Cell, dtype: Any) -> None:
     for layer in layers:
         for patch in layer.held().values():
             patch.dtype = next((getattr(patch, attribute).dtype for attribute in patch.keys), patch.dtype)
+    prompts = prompts_of(base)
+    if prompts is not None:
+        prompts.measure(base)
     drop_compiled()
 
 

@@ -13,6 +13,7 @@ from msft_peft.core import switch
 from msft_peft.core.checkpointing import is_checkpointing, set_checkpointing
 from msft_peft.core.layer import wrappers
 from msft_peft.core.prompt import EMBEDDINGS, PREFIX_STATES, Prompts, VirtualTokens, prompts_of
+from msft_peft.errors import PeftWarning
 
 _IGNORED = -100
 # Arguments of a call that some prompts take and base models do not know.
@@ -165,11 +166,14 @@ class Prompted(nn.Cell):
             return
         if given.get("position_ids") is not None and prompts.argument == EMBEDDINGS:
             warnings.warn(
-                "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=3
+                "Position ids are not supported for parameter efficient tuning. Ignoring position ids.",
+                PeftWarning,
+                stacklevel=3,
             )
         if given.get("token_type_ids") is not None and not self._extends_types:
             warnings.warn(
                 "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids",
+                PeftWarning,
                 stacklevel=3,
             )
 
@@ -185,12 +189,12 @@ class Prompted(nn.Cell):
             return generate(**named)
         shown = {key: Tensor(value) for key, value in named.items() if key in (prompts.ids, EMBEDDINGS)}
         mask = named.get("attention_mask")
-        ids = named.get(prompts.ids)
         batch = self._first(shown).shape[0]
+        with self._encoder(prompts.active).resting():
+            prompt = self.get_prompt(batch, task_ids)
         if prompts.argument == PREFIX_STATES:
-            return generate(**named | {PREFIX_STATES: self.get_prompt(batch)})
-        x = self._embedded(shown)
-        rows = self.get_prompt(batch, task_ids)
+            return generate(**named | {PREFIX_STATES: prompt})
+        x, rows = self._embedded(shown), prompt
         if self._has_decoder:
             rows = rows[:, : self._encoder(prompts.active).config.num_virtual_tokens]
         n = rows.shape[1]
@@ -201,7 +205,7 @@ class Prompted(nn.Cell):
             named["max_length"] += n  # it counts the tokens that the caller sees
         if "position_ids" in inspect.signature(generate).parameters:
             named["position_ids"] = self._positions(named.get("attention_mask"), batch, n + x.shape[1])
-        return generate(**named) if ids is None else generate(**named | {prompts.ids: ids})
+        return generate(**named)
 
     def _positions(self, mask: Tensor | None, batch: int, length: int) -> Tensor:
         """Positions (B, T) as a forward pass, training for instance, counts them by itself: over padding, too."""

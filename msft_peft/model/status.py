@@ -9,6 +9,7 @@ from mindspore import Parameter, nn
 
 from msft_peft.core import inject
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
+from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
 
 IRREGULAR = "irregular"
@@ -88,10 +89,12 @@ def get_layer_status(model: nn.Cell) -> list[TunerLayerStatus]:
         model: a `PeftModel`, or a model with injected adapters.
 
     Raises:
-        TypeError: it is no Cell.
+        TypeError: it is no Cell, or its adapters are virtual tokens.
         ValueError: it has no adapter layers.
     """
     base = base_of(model)
+    if prompts_of(base) is not None:
+        raise TypeError("Layer and model status are of adapters in layers; prompt methods have none there.")
     prefix = "" if base is model else "model."
     found = [_layer_status(prefix + path, wrapper, base) for path, wrapper in wrappers(base)]
     if not found:

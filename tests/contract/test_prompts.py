@@ -231,6 +231,7 @@ def test_files_there_and_back(case: Case, mode: str, tmp_path: Path):
     from_ckpt = PeftModel.from_pretrained(case.base(), tmp_path / "a")
     assert_same(expected(from_ckpt, case), y, "merge")
     assert from_ckpt.load_adapter(tmp_path / "b" / "other", "more").faults() == []
+    assert from_ckpt.load_adapter(tmp_path / "b" / "other", "more").faults() == []
     from_ckpt.set_adapter("more")
     assert_same(expected(from_ckpt, case), y, "merge")
 
@@ -267,3 +268,20 @@ def test_the_state_dict_is_what_hfs_file_holds(case: Case):
     heads = {f"base_model.{path}.{leaf}" for path in case.whole for leaf in ("weight", "bias")}
     factors = {"prefix_task_cols", "prefix_task_rows"} if case.method.prompt.in_decoder else set()
     assert set(state) == {"prompt_embeddings"} | heads | factors
+
+
+def test_files_of_an_earlier_step(case: Case, tmp_path: Path):
+    """With state_dict=, also where a network makes the virtual tokens of that step."""
+    model = case.adapted()
+    model.save_pretrained(tmp_path / "then")
+    then = {p.name: Tensor(array(p)) for p in model.get_parameters()}
+    shake(weights_of(model, "default"), seed=8)
+    model.save_pretrained(tmp_path / "now", state_dict=then)
+    for path in (tmp_path / "then").iterdir():
+        if path.suffix == ".safetensors":
+            assert (tmp_path / "now" / path.name).read_bytes() == path.read_bytes()
+    for key, value in get_peft_model_state_dict(model, state_dict=then).items():
+        assert differ(value, get_peft_model_state_dict(model)[key])
+    with pytest.raises(LoadError, match="lacks tensors that the adapter has"):
+        model.save_pretrained(tmp_path / "never", state_dict={})
+    assert not (tmp_path / "never").exists()

@@ -25,6 +25,7 @@ from msft_peft import (
     PromptEncoder,
     PromptEncoderConfig,
     PromptTuningConfig,
+    cast_mixed_precision_params,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -130,6 +131,13 @@ def test_the_table_may_be_trained_whole():
     p = model.get_base_model().emb.modules_to_save["default"].embedding_table
     p.copy_(p + 1.0)
     assert differ(model(nets.ids(2, 5))["logits"], before)
+
+
+def test_a_prefix_follows_the_models_precision():
+    model = get_peft_model(nets.Reader(), PrefixTuningConfig(**CAUSAL))
+    cast_mixed_precision_params(model, ms.float16)
+    assert model(nets.ids(2, 5))["logits"].dtype == ms.float16
+    assert model.prompt_encoder["default"].embedding.weight.dtype == ms.float32
 
 
 def test_a_copy_of_the_model_is_a_model_of_its_own():
