@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ class Target:
             if revision is not None and not revision.startswith("refs/"):
                 self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
 
-    def copy(self, name: str, folder: Path) -> None:
-        """Copy a file that is there already into `folder`; if it is not there, nothing happens.
+    def copy(self, name: str, folder: Path) -> bool:
+        """Copy a file that is there already into `folder`; False if it is not there.
 
         Raises:
             HubError: it could not be had.
@@ -119,23 +119,27 @@ class Target:
             with _pushing(self.repo_id):
                 there = self.api.hf_hub_download(self.repo_id, name, revision=self.revision)
         except HubError as error:
-            if not _no_such_file(error):
-                raise
-        else:
-            shutil.copyfile(there, folder / name)
+            if _no_such_file(error):
+                return False
+            raise
+        shutil.copyfile(there, folder / name)
+        return True
 
     def commit(self, folder: Path, message: str, description: str | None = None) -> CommitInfo:
-        """Upload all files below `folder` in one commit: all of them are there afterwards, or none.
+        """Upload all files below `folder`; see `commit_files`."""
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return self.commit_files({path.relative_to(folder).as_posix(): path for path in files}, message, description)
+
+    def commit_files(self, files: Mapping[str, Path], message: str, description: str | None = None) -> CommitInfo:
+        """Upload files, by their paths there, in one commit: all of them are there afterwards, or none.
 
         Raises:
             HubError: it failed, and the repository is as it was.
         """
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         with _pushing(self.repo_id):
             return self.api.create_commit(
                 self.repo_id,
-                additions,
+                [CommitOperationAdd(name, files[name]) for name in sorted(files)],
                 commit_message=message,
                 commit_description=description,
                 revision=self.revision,

@@ -33,7 +33,8 @@ CKPT_NAME = "adapter_model.ckpt"
 BIN_NAME = "adapter_model.bin"
 PROMPT_ENCODER_NAME = "prompt_encoder.safetensors"
 
-_ADAPTER_ENTRY = "msft_peft_adapter"
+# The entry of a checkpoint that tells the name that the adapter had.
+ADAPTER_ENTRY = "msft_peft_adapter"
 
 
 def save_tensors(directory: Path, name: str, entries: Mapping[str, Named], prefix: str = PREFIX) -> None:
@@ -59,7 +60,7 @@ def save_tensors(directory: Path, name: str, entries: Mapping[str, Named], prefi
         if first[id(named.parameter)] == key
     ]
     with replacing(directory / CKPT_NAME) as path:
-        ms.save_checkpoint(parameters, str(path), append_dict={_ADAPTER_ENTRY: name})
+        ms.save_checkpoint(parameters, str(path), append_dict={ADAPTER_ENTRY: name})
 
 
 def save_prompt_encoder(directory: Path, adapter: Adapter, wanted: bool) -> None:
@@ -182,18 +183,25 @@ def read_tensors(
         FileNotFoundError: none of them is there.
         LoadError: the file is broken, or a pickle that asks for more than tensors; it is named.
     """
-    for filename, read in ((SAFETENSORS_NAME, _read_safetensors), (CKPT_NAME, _read_ckpt), (BIN_NAME, _read_bin)):
+    for filename in (SAFETENSORS_NAME, CKPT_NAME, BIN_NAME):
         path = fetch(source, filename, subfolder=subfolder, **hub)
         if path is not None:
-            return read(path).renamed(key_mapping)
+            return read_file(path).renamed(key_mapping)
     where = f"{source}/{subfolder}" if subfolder else f"{source}"
     raise FileNotFoundError(
         f"'{where}' has no adapter weights: none of {SAFETENSORS_NAME}, {CKPT_NAME} and {BIN_NAME} is there."
     )
 
 
-def _read_safetensors(path: Path) -> Tensors:
-    return Tensors(path, read_arrays(path))
+def read_file(path: Path) -> Tensors:
+    """The tensors of a safetensors file, a MindSpore checkpoint or a pickle of torch's; its name's ending tells which.
+
+    Raises:
+        LoadError: it is broken, or a pickle that asks for more than tensors; it is named.
+    """
+    if path.suffix == ".ckpt":
+        return _read_ckpt(path)
+    return _read_bin(path) if path.suffix == ".bin" else Tensors(path, read_arrays(path))
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -220,7 +228,7 @@ def _read_ckpt(path: Path) -> Tensors:
         parameters = ms.load_checkpoint(str(path))
     except (ValueError, RuntimeError, TypeError) as error:
         raise LoadError(f"{path} is no valid MindSpore checkpoint: {error}") from error
-    adapter = parameters.pop(_ADAPTER_ENTRY, "default")
+    adapter = parameters.pop(ADAPTER_ENTRY, "default")
     return Tensors(path, {key: to_numpy(value) for key, value in parameters.items()}, str(adapter))
 
 

@@ -109,6 +109,16 @@ def write_card(directory: Path, about: About) -> None:
     write_text(path, str(card))
 
 
+def with_metadata_of(path: Path, other: Path) -> None:
+    """Keep the text of one card, and bring its metadata up to date with those of another; tags are put together."""
+    card, newer = (ModelCard.load(one, ignore_metadata_errors=True) for one in (path, other))
+    tags = sorted({*(card.data.tags or []), *(newer.data.tags or [])})
+    for name, value in newer.data.to_dict().items():
+        setattr(card.data, name, value)
+    card.data.tags = tags or None
+    write_text(path, str(card))
+
+
 def _body(about: About) -> str:
     code = _NAMED if about.auto and about.base else _NAMELESS
     task = getattr(about.config, "task_type", None)
