@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from mindspore import nn
 
 import msft_peft.models as reference
-from msft_peft.backend.hub import fetch
+from msft_peft.backend.hub import fetch_optional
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core.keys import PREFIX
 from msft_peft.errors import ConfigError, NoBaseModelError
@@ -262,7 +262,7 @@ def _labels(config: PeftConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokens_in(source: str | os.PathLike, hub: dict[str, Any]) -> int:
     """The number of tokens of the tokenizer beside the adapter; 0 where there is none."""
-    path = fetch(source, TOKENIZER_NAME, **hub)
+    path = fetch_optional(source, TOKENIZER_NAME, **hub)
     if path is None:
         return 0
     try:

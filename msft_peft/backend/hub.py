@@ -63,6 +63,16 @@ def fetch(source: str | os.PathLike, name: str, subfolder: str | None = None, **
         raise
 
 
+def fetch_optional(source: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """As `fetch`, for what may well be missing: None, too, where the cache lacks it and the Hub cannot be asked."""
+    try:
+        return fetch(source, name, subfolder, **hub)
+    except (FileNotFoundError, HubError) as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            return None
+        raise
+
+
 def fetch_folder(repo_id: str, patterns: list[str], **hub: Any) -> str:
     """A local folder with those files of a Hub repository that match `patterns`.
 

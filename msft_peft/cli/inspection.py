@@ -14,6 +14,7 @@ from msft_peft.config import PeftConfig
 from msft_peft.core.keys import PREFIX
 from msft_peft.core.targets import match_pattern
 from msft_peft.io.adapter import read_tensors
+from msft_peft.io.card import briefly
 from msft_peft.model import PeftModel
 
 _DESCRIPTION = """\
@@ -152,7 +153,7 @@ def _told(found: Mapping[str, Any]) -> str:
     }
     if not found["finite"]:
         facts["WARNING"] = "some weights are not finite (NaN or infinite)"
-    lines = [f"{name:<15}{_plain(value)}" for name, value in facts.items()]
+    lines = [f"{name:<15}{briefly(value)}" for name, value in facts.items()]
     width = max((len(layer["layer"]) for layer in found["layers"]), default=5)
     lines += ["", f"{'layer':<{width}}  {'rank':>4}  {'weights':>10}  {'update':>10}  norms"]
     for layer in found["layers"]:
@@ -161,10 +162,6 @@ def _told(found: Mapping[str, Any]) -> str:
         rank, count = layer.get("rank", "-"), layer["parameters"]
         lines.append(f"{layer['layer']:<{width}}  {rank:>4}  {count:>10,}  {update:>10}  {norms}")
     return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _size(count: float) -> str:

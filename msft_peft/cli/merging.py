@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msft_peft import auto
-from msft_peft.backend.hub import fetch
+from msft_peft.backend.hub import fetch_optional
 from msft_peft.config import PeftConfig
 from msft_peft.model import PeftModel
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     merged.save_pretrained(out, max_shard_size=arguments.max_shard_size)
     for name in _BESIDE:
         # An adapter that brought tokens of its own has its own tokenizer.
-        path = fetch(arguments.adapter, name, **adapter) or fetch(arguments.base, name)
+        path = fetch_optional(arguments.adapter, name, **adapter) or fetch_optional(arguments.base, name)
         if path is not None:
             shutil.copyfile(path, out / name)
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from msft_peft.backend.hub import fetch
+from msft_peft.backend.hub import fetch_optional
 from msft_peft.errors import ConfigError
 
 BYTES = "bytes"
@@ -67,13 +67,13 @@ def open_tokenizer(source: str | os.PathLike, **hub: Any) -> Text | None:
     """
     if source == BYTES:
         return Bytes()
-    path = fetch(source, _FAST, **hub)
+    path = fetch_optional(source, _FAST, **hub)
     if path is not None and importlib.util.find_spec("tokenizers") is not None:
         try:
             return _Fast(importlib.import_module("tokenizers").Tokenizer.from_file(str(path)))
         except Exception as error:  # the library's own exception is a bare Exception
             raise ConfigError(f"{path} is no tokenizer that can be read: {error}") from error
-    if path is None and fetch(source, _CONFIG, **hub) is None:
+    if path is None and fetch_optional(source, _CONFIG, **hub) is None:
         return None
     if importlib.util.find_spec("transformers") is not None:
         try:

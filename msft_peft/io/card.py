@@ -145,8 +145,21 @@ def _settings(config: PeftConfig | None) -> dict[str, Any]:
         default = entry.default_factory() if callable(entry.default_factory) else entry.default
         changed = entry.name not in _SAID_ELSEWHERE and value not in (default, None) and not isinstance(value, dict)
         if changed or (entry.name in _TELLING and value is not None):
-            told[entry.name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+            told[entry.name] = briefly(value)
     return told
+
+
+def briefly(value: Any) -> Any:
+    """A setting in a line: of a long list of paths their last parts, and how many there are."""
+    if not isinstance(value, list):
+        return value
+    if len(value) <= _LONG:
+        return ", ".join(map(str, value))
+    last = sorted({str(item).rpartition(".")[2] for item in value})
+    return ", ".join(last[:_LONG]) + (", ..." if len(last) > _LONG else "") + f" ({len(value)} of them)"
+
+
+_LONG = 8
 
 
 def _with_results(text: str, metrics: Mapping[str, float]) -> str:

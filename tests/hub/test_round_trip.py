@@ -165,8 +165,9 @@ def test_reference_models(hub: Hub):
     assert card.data.base_model == "ada/tiny"
     assert card.text.count('AutoPeftModelForCausalLM.from_pretrained("ada/tiny-lora")') == 2
     # The repository is private, and so is what the card says to do.
-    again = AutoPeftModelForCausalLM.from_pretrained("ada/tiny-lora", token="hf_ada")
-    assert again.get_base_model().name_or_path == "ada/tiny"
+    for options in ({"token": "hf_ada"}, {"local_files_only": True}):
+        again = AutoPeftModelForCausalLM.from_pretrained("ada/tiny-lora", **options)
+        assert again.get_base_model().name_or_path == "ada/tiny"
 
 
 def test_the_cache_serves_when_the_hub_is_not_asked(hub: Hub):
