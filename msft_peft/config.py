@@ -6,6 +6,8 @@ import math
 import os
 import re
 import tempfile
+import types
+import typing
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -148,11 +150,17 @@ class PeftConfig:
                 PeftWarning,
                 stacklevel=3,
             )
+        hints = typing.get_type_hints(found)
+        for key in sorted(known & set(fields)):
+            if fields[key] is not None and not _fits(fields[key], hints[key]):
+                raise ConfigError(
+                    f"{origin} is no valid {found.__name__}: `{key}` must be {_named(hints[key])}, got {fields[key]!r}"
+                )
         try:
             return found(**{key: value for key, value in fields.items() if key in known})
         except NotImplementedError as error:
             raise NotImplementedError(f"{origin}: {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{origin} is no valid {found.__name__}: {error}") from error
 
     @classmethod
@@ -351,6 +359,32 @@ def check_regex(where: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"`{where}`: {pattern!r} is no valid regular expression: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON can be what a field's annotation says; numbers of either kind are numbers."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is typing.Literal:
+        return value in inner
+    if kind is tuple and Ellipsis not in inner:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if kind in (list, tuple, set):
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if kind in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if hint in (int, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (bool, str, list, dict, types.NoneType):
+        return isinstance(value, hint)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, str)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, dict)
+
+
+def _named(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def _plain(value: Any) -> Any:

@@ -229,6 +229,9 @@ def _read_ckpt(path: Path) -> Tensors:
     except (ValueError, RuntimeError, TypeError) as error:
         raise LoadError(f"{path} is no valid MindSpore checkpoint: {error}") from error
     adapter = parameters.pop(ADAPTER_ENTRY, "default")
+    strange = [key for key, value in parameters.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise LoadError(f"{path} is no checkpoint of an adapter: {strange} are no tensors")
     return Tensors(path, {key: to_numpy(value) for key, value in parameters.items()}, str(adapter))
 
 
