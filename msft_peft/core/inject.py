@@ -29,7 +29,7 @@ from msft_peft.core.parameter import ParameterLayer
 from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.prompt import PREFIX_STATES, Prompts, VirtualTokens, completed, prompts_of, word_embeddings
 from msft_peft.core.replication import Blocks, replicated, restore_blocks
-from msft_peft.core.routing import routing_of
+from msft_peft.core.routing import Routing, routing_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
 from msft_peft.core.tied import copies_of, say_ties, tied_embeddings
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
@@ -310,9 +310,11 @@ def detach_all(model: nn.Cell) -> None:
         wrapper.released()
     replace_cells(model, new)
     restore_blocks(model)
-    for attribute in ("peft_config", "peft_routing", "peft_active", "peft_prompts"):
+    for attribute in ("peft_config", "peft_active", "peft_prompts"):
         if hasattr(model, attribute):
             delattr(model, attribute)
+    # Not none: a PeftModel that is still called asks for it, and compiled code cannot make one.
+    model.peft_routing = Routing()
     settle(model)
 
 

@@ -191,6 +191,17 @@ def test_tied_weights_are_one_parameter():
     assert masked.cls.predictions.decoder.weight is masked.get_input_embeddings().weight
 
 
+class Doubled(nn.Cell):
+    """Stands for an adapter's wrapper around a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def construct(self, x):
+        return self.base_layer(x) * 2.0
+
+
 def test_encoder_and_decoder_share_the_embedding():
     model = tiny.seq2seq("t5")
     names = [p.name for p in model.get_parameters()]
