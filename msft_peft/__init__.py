@@ -37,6 +37,10 @@ from msft_peft.io.adapter import (
 from msft_peft.io.load import (
     LoadReport,
 )
+from msft_peft.io.mindpet import (
+    mindpet_to_peft,
+    peft_to_mindpet,
+)
 from msft_peft.io.pet_config import (
     from_pet_config,
     to_pet_config,
@@ -257,6 +261,8 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "mindpet_to_peft",
+    "peft_to_mindpet",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_gradient_checkpointing",
     "prepare_model_for_kbit_training",
