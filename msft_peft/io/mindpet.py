@@ -19,7 +19,7 @@ from msft_peft.core.keys import PREFIX
 from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
 from msft_peft.io.adapter import SAFETENSORS_NAME, read_arrays, read_tensors, write_arrays
-from msft_peft.io.card import write_card
+from msft_peft.io.card import About, write_card
 from msft_peft.io.name_maps import NameMap, name_map
 from msft_peft.io.pet_config import from_pet_config, to_pet_config
 
@@ -89,7 +89,7 @@ def mindpet_to_peft(
     write_arrays(_made(directory) / SAFETENSORS_NAME, {PREFIX * (key != _PROMPT) + key: a for key, a in found.items()})
     made.save_pretrained(directory)
     size = sum(array.size for array in found.values())
-    write_card(directory, made.base_model_name_or_path, str(made.peft_type), size, [], None)
+    write_card(directory, About(made, made.base_model_name_or_path, size))
     return made
 
 
