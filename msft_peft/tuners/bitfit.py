@@ -57,11 +57,17 @@ class BitFitPatch(Patch):
         return w, b + self.bitfit_bias
 
 
-def with_bias(config: BitFitConfig, model_type: str, sites: Mapping[str, Site]) -> list[str] | str | None:
-    """All layers that have a bias, but those that are trained whole; None if there are none."""
+def with_bias(config: BitFitConfig, model_type: str, sites: Mapping[str, Site]) -> str:
+    """All layers that have a bias, but those that are trained whole.
+
+    Raises:
+        ConfigError: there are none.
+    """
     paths = [path for path, site in sites.items() if site.bias is not None and site.kind in METHOD.patches]
+    if not paths:
+        raise ConfigError("BitFit trains biases, and none of the model's layers has one: choose another method.")
     # Not a list: "head" in one would mean "other.head" as well, whether that has a bias or not.
-    return "|".join(map(re.escape, paths)) or None
+    return "|".join(map(re.escape, paths))
 
 
 METHOD = Method(
