@@ -200,6 +200,7 @@ class T5Stack(nn.Cell):
         layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.block = nn.CellList([T5Block(config, is_decoder, i == 0) for i in range(layers)])
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.first_dropout = nn.Dropout(p=config.dropout_rate)  # one for each place: compiled, the same drops the same
         self.dropout = nn.Dropout(p=config.dropout_rate)
         self.is_decoder = is_decoder
 
@@ -242,7 +243,7 @@ class T5Stack(nn.Cell):
             mask = mask + padding_mask(attention_mask)
         states_mask = None if encoder_attention_mask is None else padding_mask(encoder_attention_mask)
 
-        x = self.dropout(x)
+        x = self.first_dropout(x)
         states: tuple[Any, ...] = ()
         cache: tuple[Any, ...] = ()
         for i, block in enumerate(self.block):
@@ -560,12 +561,13 @@ class T5ClassificationHead(nn.Cell):
         super().__init__()
         std = config.initializer_factor * config.d_model**-0.5
         self.dense = linear(config.d_model, config.d_model, True, std)
+        self.first_dropout = nn.Dropout(p=config.classifier_dropout)
         self.dropout = nn.Dropout(p=config.classifier_dropout)
         self.out_proj = linear(config.d_model, config.num_labels, True, std)
 
     def construct(self, x):
         """Map (B, H) to (B, C)."""
-        return self.out_proj(self.dropout(tanh(self.dense(self.dropout(x)))))
+        return self.out_proj(self.dropout(tanh(self.dense(self.first_dropout(x)))))
 
 
 class T5ForSequenceClassification(T5PreTrainedModel):

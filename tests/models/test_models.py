@@ -226,6 +226,14 @@ def test_labels_become_decoder_inputs():
         tiny.seq2seq("t5", decoder_start_token_id=None)(Tensor(tiny.tokens()), labels=Tensor(labels))
 
 
+def test_t5_drops_in_training_only():
+    model, ids = tiny.seq2seq("t5", dropout_rate=0.3), Tensor(tiny.tokens())
+    still = model(ids, labels=ids)["logits"].asnumpy()
+    np.testing.assert_array_equal(model(ids, labels=ids)["logits"].asnumpy(), still)
+    model.set_train()
+    assert np.abs(model(ids, labels=ids)["logits"].asnumpy() - still).max() > 1e-2
+
+
 def test_t5_refuses():
     model, ids = tiny.seq2seq("t5"), Tensor(tiny.tokens())
     with pytest.raises(ValueError, match="either decoder_input_ids or decoder_inputs_embeds"):
