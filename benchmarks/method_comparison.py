@@ -137,7 +137,8 @@ def ours(task: Task, name: str, r_drop: bool) -> dict[str, Any]:
     model.set_train(True)
     trained = [p for p in model.get_parameters() if p.requires_grad]
     size, total = sum(p.size for p in trained), sum(p.size for p in model.get_parameters())
-    optimizer = nn.AdamWeightDecay(trained, RATES[name], weight_decay=0.0)
+    # Not AdamWeightDecay, which lacks the correction of its first steps that torch makes.
+    optimizer = nn.Adam(trained, RATES[name])
     doubled = WithRDropLoss(model, alpha=1, columns=("input_ids", "attention_mask"), divergence="mean")
 
     def plain(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def theirs(task: Task) -> dict[str, Any]:
     model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="SEQ_CLS"))
     size, total = model.get_nb_trainable_parameters()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, RATES["hf-lora"], eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.Adam(trained, RATES["hf-lora"])
 
     def step(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray) -> None:
         optimizer.zero_grad()
