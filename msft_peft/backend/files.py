@@ -1,7 +1,9 @@
 """Files: written whole or not at all, and none outside the folder that was named."""
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,61 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# Where a finished set of files waits to be moved into its folder.
+_PENDING = ".msft_peft-new"
+
+
+@contextlib.contextmanager
+def replacing_all(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files take the places of those in `folder`, all of them, when the block ends well.
+
+    One renaming decides: the scratch folder gets the name under which `current` looks first. A process that is killed
+    before it leaves the old files, and one that is killed after it the new ones: whoever comes next moves them.
+
+    Raises:
+        NotADirectoryError: `folder` exists and is a file.
+    """
+    if folder.is_file():
+        raise NotADirectoryError(f"Provided path ({folder}) should be a directory, not a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".msft_peft-"))
+    try:
+        yield scratch
+        while True:
+            _move_pending(folder)
+            try:
+                os.rename(scratch, folder / _PENDING)
+                break
+            except OSError as error:
+                # Another process was faster: its files go first.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _move_pending(folder)
+
+
+def current(folder: Path, name: str) -> Path:
+    """The path of a file that `replacing_all` may have written; what a killed process left is moved first."""
+    with contextlib.suppress(OSError):  # a folder that may only be read
+        _move_pending(folder)
+    waiting = folder / _PENDING / name
+    return waiting if waiting.is_file() else folder / name
+
+
+def _move_pending(folder: Path) -> None:
+    pending = folder / _PENDING
+    try:
+        names = sorted(os.listdir(pending))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # another process moved it
+            os.replace(pending / name, folder / name)
+    with contextlib.suppress(OSError):  # another process removed it, or has put its own files there
+        pending.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from msft_peft.backend.files import inside
+from msft_peft.backend.files import current, inside
 from msft_peft.errors import HubError
 
 # What the client raises on purpose, and what its HTTP library does: requests before its version 1, httpx after.
@@ -52,7 +52,7 @@ def fetch(source: str | os.PathLike, name: str, subfolder: str | None = None, **
         )
     directory = Path(source)
     if directory.is_dir():
-        path = Path(inside(directory, os.path.join(subfolder or "", name), "subfolder="))
+        path = current(Path(inside(directory, subfolder or "", "subfolder=")), name)
         return path if path.is_file() else None
     try:
         with plainly(f"'{source}' is no directory here, and '{name}' could not be had from the Hub under that name"):

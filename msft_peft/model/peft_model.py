@@ -15,6 +15,7 @@ import numpy as np
 from huggingface_hub import CommitInfo
 from mindspore import Tensor, nn
 
+from msft_peft.backend.files import replacing_all
 from msft_peft.backend.hub import Target
 from msft_peft.backend.tree import Named, inherit_mode
 from msft_peft.config import PeftConfig, TaskType
@@ -26,6 +27,7 @@ from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError
 from msft_peft.hosts import model_config
 from msft_peft.io.adapter import (
+    PROMPT_ENCODER_NAME,
     embeddings_to_save,
     read_tensors,
     resumable,
@@ -316,8 +318,9 @@ class PeftModel(Prompted):
     ) -> None:
         """Write the adapters: weights in both formats, config and model card; trainable weights alone.
 
-        The adapter "default" goes into the directory itself, others into a folder of their name below it. Files are
-        replaced whole or not at all, and the same adapter gives the same bytes.
+        The adapter "default" goes into the directory itself, others into a folder of their name below it. An adapter's
+        files are replaced all together or not at all, even if the process is killed meanwhile, and the same adapter
+        gives the same bytes.
 
         Args:
             save_directory: made if it is not there.
@@ -458,9 +461,12 @@ class PeftModel(Prompted):
     def _write_files(self, folder: Path, plan: Mapping[str, "_Files"]) -> None:
         for name, files in plan.items():
             directory = folder / ("" if name == ROOT_ADAPTER else name)
-            save_tensors(directory, name, files.entries, files.adapter.prefix)
-            save_prompt_encoder(directory, files.adapter, files.keeps_encoder)
-            files.config.save_pretrained(directory)
+            with replacing_all(directory) as scratch:
+                save_tensors(scratch, name, files.entries, files.adapter.prefix)
+                kept = save_prompt_encoder(scratch, files.adapter, files.keeps_encoder)
+                files.config.save_pretrained(scratch)
+            if not kept:  # an old one would not fit
+                (directory / PROMPT_ENCODER_NAME).unlink(missing_ok=True)
 
     def _about(self, plan: Mapping[str, "_Files"]) -> About:
         """What the model card tells."""
