@@ -14,7 +14,7 @@ from mindspore.common.initializer import initializer
 
 from msft_peft.models.attention import attend, padding_mask, remember
 from msft_peft.models.config import BertConfig
-from msft_peft.models.layers import Embedding, LayerNorm, activation, linear, tanh
+from msft_peft.models.layers import Embedding, LayerNorm, activation, check_length, linear, tanh
 from msft_peft.models.losses import answer_loss, classification_loss, cross_entropy
 from msft_peft.models.pretrained import PreTrainedModel
 
@@ -205,7 +205,8 @@ class BertModel(BertPreTrainedModel):
             A dict: "last_hidden_state" (B, T, H), "pooler_output" (B, H) if there is a pooler, "hidden_states".
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; or `attention_mask` has not P + T columns.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; `attention_mask` has not P + T columns; or
+                there are no positions for so many tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("An encoder needs either input_ids or inputs_embeds: got both, or neither.")
@@ -236,6 +237,7 @@ class BertModel(BertPreTrainedModel):
 
     def positions(self, input_ids: Tensor | None, prefix: int, length: int) -> Tensor:
         """The positions (1 or B, T) of the tokens behind a prefix, where the caller gives none."""
+        check_length(length, self.config.max_position_embeddings)
         return Tensor(np.arange(prefix, length, dtype=np.int32)).reshape((1, -1))
 
     def get_input_embeddings(self) -> nn.Cell:

@@ -40,8 +40,8 @@ class Decoder(PreTrainedModel):
         super().__init__(config)
         self.width = config.hidden_size
 
-    def positions(self, slots: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The positions (1 or B, T) of the new tokens in `slots` (T,), where the caller gives none."""
+    def positions(self, slots: Tensor, length: int, attention_mask: Tensor | None) -> Tensor:
+        """The positions (1 or B, T) of the new tokens in `slots` (T,) of `length`, where the caller gives none."""
         return slots.reshape((1, -1))
 
     def enter(
@@ -90,7 +90,8 @@ class Decoder(PreTrainedModel):
             A dict: "last_hidden_state" (B, T, H), and, if asked for, "past_key_values" and "hidden_states".
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; or `attention_mask` has not S columns.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; `attention_mask` has not S columns; or the
+                family has learned positions, and not so many.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("A decoder needs either input_ids or inputs_embeds: got both, or neither.")
@@ -108,7 +109,7 @@ class Decoder(PreTrainedModel):
         else:
             slots = cache_position.astype(ms.int32)
         if position_ids is None:
-            position_ids = self.positions(slots, attention_mask)
+            position_ids = self.positions(slots, length, attention_mask)
         x, shared = self.enter(x, slots, length, position_ids, attention_mask)
 
         states: tuple[Any, ...] = ()

@@ -13,7 +13,7 @@ from mindspore import nn
 from msft_peft.models.attention import attend, causal_mask, remember, split_heads
 from msft_peft.models.config import GPT2Config
 from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier, TokenClassifier
-from msft_peft.models.layers import Conv1D, Embedding, LayerNorm, activation
+from msft_peft.models.layers import Conv1D, Embedding, LayerNorm, activation, check_length
 
 
 def _residual_std(config: GPT2Config) -> float:
@@ -100,6 +100,12 @@ class GPT2Model(Decoder):
         self.h = nn.CellList([GPT2Block(config, i) for i in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.update_parameters_name()
+
+    def positions(self, slots, length, attention_mask):
+        """The slots themselves."""
+        if slots.shape[0] > 1:  # one token may have a slot in a cache that is longer than the text
+            check_length(length, self.config.n_positions)
+        return slots.reshape((1, -1))
 
     def enter(self, x, slots, length, position_ids, attention_mask):
         """Add the positions' embeddings; all blocks share the mask."""

@@ -61,6 +61,19 @@ class Embedding(mint.nn.Embedding):
         return rows
 
 
+def check_length(length: int, most: int) -> None:
+    """See that a text has no more tokens than there are embeddings of positions; a device may not notice.
+
+    Raises:
+        ValueError: it has.
+    """
+    if length > most:
+        raise ValueError(
+            f"A text of {length} tokens, prefix and padding included, is longer than the {most} positions that the "
+            f"model has embeddings for. Cut it, or give position_ids."
+        )
+
+
 class LayerNorm(mint.nn.LayerNorm):
     """y = (x - mean) / √(var + ε) · weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
 

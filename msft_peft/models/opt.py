@@ -15,7 +15,7 @@ from mindspore import Tensor, nn, ops
 from msft_peft.models.attention import attend, causal_mask, counted, remember
 from msft_peft.models.config import OPTConfig
 from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier
-from msft_peft.models.layers import Embedding, LayerNorm, activation, linear
+from msft_peft.models.layers import Embedding, LayerNorm, activation, check_length, linear
 from msft_peft.models.pretrained import PreTrainedModel
 
 _NORM_EPS = 1e-5
@@ -117,9 +117,11 @@ class OPTDecoder(Decoder):
         self.layers = nn.CellList([OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.update_parameters_name()
 
-    def positions(self, slots, attention_mask):
+    def positions(self, slots, length, attention_mask):
         """Count the real tokens alone; -1 at padding."""
         if attention_mask is None:
+            if slots.shape[0] > 1:  # one token may have a slot in a cache that is longer than the text
+                check_length(length, self.config.max_position_embeddings)
             return slots.reshape((1, -1))
         return ops.gather(counted(attention_mask), slots, 1)
 

@@ -23,7 +23,7 @@ from msft_peft.models.bert import (
     head_dropout,
 )
 from msft_peft.models.config import BertConfig, RobertaConfig
-from msft_peft.models.layers import GELU, LayerNorm, linear, tanh
+from msft_peft.models.layers import GELU, LayerNorm, check_length, linear, tanh
 
 
 class RobertaPreTrainedModel(BertPreTrainedModel):
@@ -54,6 +54,7 @@ class RobertaModel(RobertaPreTrainedModel, BertModel):
     def positions(self, input_ids: Tensor | None, prefix: int, length: int) -> Tensor:
         """The positions (1 or B, T) of the tokens behind a prefix, where the caller gives none."""
         pad = self.config.pad_token_id
+        check_length(length, self.config.max_position_embeddings - pad - 1)
         if input_ids is None:
             return Tensor(np.arange(prefix, length, dtype=np.int32)).reshape((1, -1)) + (pad + 1)
         real = (input_ids != pad).astype(ms.int32)

@@ -424,6 +424,15 @@ def test_what_decoders_are_not_built_for_is_refused(name, settings, message):
         tiny.decoder(name, **settings)
 
 
+@pytest.mark.parametrize(("name", "most"), [("gpt2", 64), ("opt-350m", 64), ("bert", 64), ("roberta", 62)])
+def test_texts_have_positions(name, most, mode):
+    model = EACH[name]()
+    ids = np.full((1, most + 1), 7, np.int32)
+    assert np.isfinite(model(Tensor(ids[:, 1:]))["logits"].asnumpy()).all()
+    with pytest.raises(ValueError, match=rf"{most + 1} tokens.*longer than the {most} positions"):
+        model(Tensor(ids))
+
+
 def test_gpt2_has_no_cross_attention():
     with pytest.raises(ValueError, match="add_cross_attention=True"):
         models.GPT2Model(models.GPT2Config(add_cross_attention=True, n_layer=1))
