@@ -126,6 +126,8 @@ class CPTEmbedding(VirtualTokens):
         labels = named.get("labels")
         if labels is None:
             return outputs
+        if not isinstance(outputs, dict):
+            raise TypeError("CPT computes the loss from the model's logits: let the model return a dict with them")
         found = {}
         for key in outputs:
             found[key] = outputs[key]

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from msft_peft.backend.arrays import as_float32
 from msft_peft.backend.tree import Named
 from msft_peft.config import check_count
 from msft_peft.errors import ConfigError, LoadError
-from msft_peft.io.adapter import SAFETENSORS_NAME, read_arrays
+from msft_peft.io.adapter import read_file, read_tensors
 from msft_peft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from msft_peft.registry import Method
 
@@ -37,7 +38,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         prompt_tuning_init: a `MultitaskPromptTuningInit`: "RANDOM" or "TEXT" as in prompt tuning; or from the source
             adapter its shared prompt alone ("ONLY_SOURCE_SHARED"), with the mean of its tasks' factors
             ("AVERAGE_SOURCE_TASKS"), or with those of one task ("EXACT_SOURCE_TASK").
-        prompt_tuning_init_state_dict_path: the source adapter's safetensors file, or its folder.
+        prompt_tuning_init_state_dict_path: the source adapter's file (safetensors, or torch's .bin), or its folder.
         prompt_tuning_init_task: that one task.
         num_ranks: rank of a task's matrix.
         num_tasks: how many tasks there are; 1 to begin from source tasks.
@@ -132,16 +133,19 @@ def _source(config: Any) -> dict[str, np.ndarray]:
             "prompt_tuning_init_state_dict_path needs to be specified with "
             f"{config.prompt_tuning_init.value} init method"
         )
-    path = Path(given) / SAFETENSORS_NAME if Path(given).is_dir() else Path(given)
-    if not path.is_file():
+    path = Path(given)
+    if not path.exists():
         raise ConfigError(f"prompt_tuning_init_state_dict_path: there is no file {path}")
     try:
-        source = {key: array.astype(np.float32) for key, array in read_arrays(path).items()}
-    except LoadError as error:
-        raise ConfigError(f"prompt_tuning_init_state_dict_path: {error} (torch's .bin files are not read)") from error
+        tensors = read_tensors(path) if path.is_dir() else read_file(path)
+    except (FileNotFoundError, LoadError) as error:
+        raise ConfigError(f"prompt_tuning_init_state_dict_path: {error}") from error
+    source = {key: as_float32(array) for key, array in tensors.arrays.items()}
     missing = sorted({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"} - set(source))
     if missing and (config.prompt_tuning_init != "ONLY_SOURCE_SHARED" or "prompt_embeddings" in missing):
-        raise ConfigError(f"prompt_tuning_init_state_dict_path: {path} has no {missing}; it has {sorted(source)}")
+        raise ConfigError(
+            f"prompt_tuning_init_state_dict_path: {tensors.origin} has no {missing}; it has {sorted(source)}"
+        )
     return source
 
 
