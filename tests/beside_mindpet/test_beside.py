@@ -64,7 +64,9 @@ def test_signatures(name: str):
             assert mine[key].default == wanted[key].default
 
 
-@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("pynative", ms.float32), ("pynative", ms.float16), ("graph", ms.float32)], indirect=["mode"]
+)
 def test_equal_outputs_and_gradients_with_exchanged_checkpoints(formula: Formula, mode: str, dtype, tmp_path: Path):
     real, ours = Net(revived(formula.make(theirs, compute_dtype=dtype))), Net(formula.make(delta, compute_dtype=dtype))
     for p in ours.get_parameters():
