@@ -116,7 +116,7 @@ class Target:
                     f"Leave out private={private}, or change it first: "
                     f"huggingface_hub.HfApi().update_repo_settings('{self.repo_id}', private={private})."
                 )
-            if revision is not None and not revision.startswith("refs/"):
+            if revision is not None and not create_pr and not revision.startswith("refs/"):
                 self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
 
     def copy(self, name: str, folder: Path) -> bool:

@@ -21,6 +21,7 @@ from msft_peft import models
 from msft_peft.backend.arrays import write
 from msft_peft.backend.files import replacing, write_text
 from msft_peft.cli.data import IGNORED, Examples, classification_examples, labels_of, language_examples
+from msft_peft.cli.generation import hurry
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.errors import ConfigError, LoadError
 from msft_peft.hosts.text import Text, open_tokenizer
@@ -65,7 +66,8 @@ A file with everything in it (only model, output, peft and data.train must be th
     seed: 0
     compile: true
 """
-LOG_NAME, STATE_NAME, OPTIMIZER_NAME = "log.jsonl", "state.json", "optimizer.ckpt"
+LOG_NAME, LABELS_NAME = "log.jsonl", "labels.json"
+STATE_NAME, OPTIMIZER_NAME = "state.json", "optimizer.ckpt"
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"'{output}' holds no checkpoint to resume from (training.save_every: N writes them)")
     if not arguments.resume and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"'{output}' is there already and not empty. Pass --resume, or name a new output.")
-    ms.runtime.launch_blocking()
+    hurry()
     results = Run(plan).train(last if arguments.resume else None)
     print(json.dumps(results))
 
@@ -216,11 +218,11 @@ class Run:
         names = {name: getattr(plan.data, name) for name in ("text", "prompt", "completion", "label")}
         paths = [Path(path) for path in (plan.data.train, plan.data.eval) if path is not None]
         self.labels = labels_of(paths, names) if self.classifies else []
+        ms.set_seed(self.training.seed)
         base = self._base()
         examples = [self._examples(path, names, text, base.config) for path in paths]
         self.train_data, self.eval_data = examples[0], examples[1] if len(examples) > 1 else None
         _check_tokens(examples, base.config.vocab_size)
-        ms.set_seed(self.training.seed)
         self.model = get_peft_model(base, config)
         self.steps_in_epoch = math.ceil(len(self.train_data) / self.training.batch_size)
         self.steps = self.training.steps or math.ceil(self.training.epochs * self.steps_in_epoch)
@@ -281,6 +283,9 @@ class Run:
         """Train to the end, from the start or from a checkpoint; returns the last results."""
         done = 0 if checkpoint is None else self._restore(checkpoint)
         self.output.mkdir(parents=True, exist_ok=True)
+        self._begin_log(done)
+        if self.classifies:
+            write_text(self.output / LABELS_NAME, json.dumps(self.labels, ensure_ascii=False))
         results: dict[str, float] = {}
         start, rates = time.perf_counter(), self._rates()
         with tqdm(total=self.steps, initial=done, unit="step") as progress:
@@ -339,6 +344,13 @@ class Run:
             found["eval_accuracy"] = right / len(self.eval_data)
         self._log(step=number, **found)
         return found
+
+    def _begin_log(self, done: int) -> None:
+        """Forget what was logged after the checkpoint: it comes again."""
+        path = self.output / LOG_NAME
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= done]
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def _log(self, **facts: float) -> None:
         with (self.output / LOG_NAME).open("a", encoding="utf-8") as file:

@@ -65,7 +65,7 @@ def _ids(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate and print."""
-    ms.runtime.launch_blocking()  # PyNative is some ten times faster so on CPU
+    hurry()
     model, sources = load(arguments.model, arguments.base, arguments.dtype)
     text = _tokenizer(arguments.tokenizer, sources, needed=arguments.ids is None)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
@@ -88,6 +88,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({"prompt": prompt, "prompt_ids": ids, "new_ids": new, "text": said}, ensure_ascii=False))
     else:
         print(",".join(map(str, new)) if said is None or prompt is None else prompt.rstrip("\n") + said)
+
+
+def hurry() -> None:
+    """On CPU, run PyNative's operations one after the other: some ten times faster. Before the first of them."""
+    if ms.get_context("device_target") == "CPU":
+        ms.runtime.launch_blocking()
 
 
 def load(name: str, base: str | None, dtype: str | None) -> tuple[nn.Cell, list[str]]:

@@ -119,6 +119,8 @@ def test_resuming_is_as_if_nothing_had_happened(tmp_path: Path, capsys: pytest.C
     assert one.keys() == other_weights.keys()
     for key in one:
         np.testing.assert_array_equal(one[key], other_weights[key])
+    logs = [[{**line, "seconds": 0} for line in log_of(folder)] for folder in (whole, torn)]
+    assert logs[0] == logs[1]
 
 
 def test_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -142,6 +144,7 @@ def test_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.warns(UserWarning, match="new random weights"):
         loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert loaded.get_base_model().config.num_labels == 3
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["maybe", "no", "yes"]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
