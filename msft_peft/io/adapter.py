@@ -63,16 +63,17 @@ def save_tensors(directory: Path, name: str, entries: Mapping[str, Named], prefi
         ms.save_checkpoint(parameters, str(path), append_dict={ADAPTER_ENTRY: name})
 
 
-def save_prompt_encoder(directory: Path, adapter: Adapter, wanted: bool) -> bool:
-    """Write the network that makes an adapter's virtual tokens into a file of its own; whether there is one to write.
+def save_prompt_encoder(directory: Path, adapter: Adapter, wanted: bool) -> None:
+    """Write the network that makes an adapter's virtual tokens into a file of its own, if it has one.
 
-    HF's file has the virtual tokens alone.
+    HF's file has the virtual tokens alone. Where this one is not written, an old one is to go, since it would not fit:
+    an empty file says so to `replacing_all`, whose scratch folder `directory` is.
     """
-    if not wanted or adapter.prompt is None or not adapter.prompt.reparametrised:
-        return False
-    entries = sorted(adapter.prompt.own().items())
-    write_arrays(directory / PROMPT_ENCODER_NAME, {key: named.read() for key, named in entries})
-    return True
+    path = directory / PROMPT_ENCODER_NAME
+    if wanted and adapter.prompt is not None and adapter.prompt.reparametrised:
+        write_arrays(path, {key: named.read() for key, named in sorted(adapter.prompt.own().items())})
+    elif (directory.parent / PROMPT_ENCODER_NAME).exists():
+        path.touch()
 
 
 def resumable(

@@ -27,7 +27,6 @@ from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError
 from msft_peft.hosts import model_config
 from msft_peft.io.adapter import (
-    PROMPT_ENCODER_NAME,
     embeddings_to_save,
     read_tensors,
     resumable,
@@ -460,13 +459,10 @@ class PeftModel(Prompted):
 
     def _write_files(self, folder: Path, plan: Mapping[str, "_Files"]) -> None:
         for name, files in plan.items():
-            directory = folder / ("" if name == ROOT_ADAPTER else name)
-            with replacing_all(directory) as scratch:
+            with replacing_all(folder / ("" if name == ROOT_ADAPTER else name)) as scratch:
                 save_tensors(scratch, name, files.entries, files.adapter.prefix)
-                kept = save_prompt_encoder(scratch, files.adapter, files.keeps_encoder)
+                save_prompt_encoder(scratch, files.adapter, files.keeps_encoder)
                 files.config.save_pretrained(scratch)
-            if not kept:  # an old one would not fit
-                (directory / PROMPT_ENCODER_NAME).unlink(missing_ok=True)
 
     def _about(self, plan: Mapping[str, "_Files"]) -> About:
         """What the model card tells."""

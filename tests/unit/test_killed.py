@@ -135,3 +135,11 @@ def test_two_processes_saving_at_once(tmp_path: Path):
     names = {"README.md", "adapter_config.json", "adapter_model.ckpt", "adapter_model.safetensors"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == names
     assert which(tmp_path / "adapter") in (1, 2)
+
+
+def test_a_file_that_no_longer_belongs_goes(tmp_path: Path):
+    """The network of an earlier P-tuning adapter would not fit the adapter that is saved in its place."""
+    (tmp_path / "prompt_encoder.safetensors").write_bytes(b"of another adapter")
+    adapted(1).save_pretrained(tmp_path)
+    assert not (tmp_path / "prompt_encoder.safetensors").exists()
+    assert which(tmp_path) == 1
