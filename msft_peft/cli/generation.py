@@ -15,10 +15,11 @@ from msft_peft.config import CONFIG_NAME, PeftConfig
 from msft_peft.errors import ConfigError
 from msft_peft.hosts.text import Text, open_tokenizer
 from msft_peft.model import PeftModel
-from msft_peft.models import AutoModelForCausalLM
+from msft_peft.models import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 _DESCRIPTION = """\
-Continue a text: by an adapter (its base model is found by name, or given with --base), or by a model alone.
+Continue a text, or answer it: by an adapter (its base model is found by name, or given with --base), or by a model
+alone.
 
 Texts need a tokenizer: tokenizer.json beside the adapter or the model, read by `tokenizers` (or transformers), or
 --tokenizer FOLDER; --tokenizer bytes takes one token a byte. Without one, give token ids and get token ids.
@@ -72,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     ids = arguments.ids if text is None or arguments.ids is not None else text.encode(prompt)
     if not ids:
         raise ConfigError("the prompt is empty: there is nothing to continue")
-    _check_range(ids, model)
+    settings = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    _check_range(ids, settings.vocab_size)
     found = model.generate(
         Tensor(np.array([ids], np.int32)),
         max_new_tokens=arguments.max_new_tokens,
@@ -82,12 +84,15 @@ def run(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    new = [int(token) for token in found.asnumpy()[0][len(ids) :]]
+    # An encoder-decoder gives an answer alone, after the token that it starts with.
+    answers = getattr(settings, "is_encoder_decoder", False)
+    new = [int(token) for token in found.asnumpy()[0][1 if answers else len(ids) :]]
     said = None if text is None else text.decode(new)
     if arguments.json:
         print(json.dumps({"prompt": prompt, "prompt_ids": ids, "new_ids": new, "text": said}, ensure_ascii=False))
     else:
-        print(",".join(map(str, new)) if said is None or prompt is None else prompt.rstrip("\n") + said)
+        before = "" if answers or prompt is None else prompt.rstrip("\n")
+        print(",".join(map(str, new)) if said is None else before + said)
 
 
 def hurry() -> None:
@@ -102,13 +107,15 @@ def load(name: str, base: str | None, dtype: str | None) -> tuple[nn.Cell, list[
     if fetch(name, CONFIG_NAME) is None:
         if base is not None:
             raise ConfigError(f"'{name}' holds no {CONFIG_NAME}: it is no adapter, so --base has no meaning")
-        return AutoModelForCausalLM.from_pretrained(name, **options), [name]
-    config = PeftConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        auto_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto_model.from_pretrained(name, **options), [name]
+    adapter = PeftConfig.from_pretrained(name)
     if base is not None:
-        config.base_model_name_or_path, config.revision = base, None
-    kind = getattr(auto, f"Auto{PeftModel._for_task(config).__name__}")
-    model = kind.from_pretrained(name, config=config, **options)
-    return model, [name, str(config.base_model_name_or_path)]
+        adapter.base_model_name_or_path, adapter.revision = base, None
+    kind = getattr(auto, f"Auto{PeftModel._for_task(adapter).__name__}")
+    model = kind.from_pretrained(name, config=adapter, **options)
+    return model, [name, str(adapter.base_model_name_or_path)]
 
 
 def _tokenizer(chosen: str | None, sources: list[str], needed: bool) -> Text | None:
@@ -124,8 +131,7 @@ def _tokenizer(chosen: str | None, sources: list[str], needed: bool) -> Text | N
     return None
 
 
-def _check_range(ids: list[int], model: nn.Cell) -> None:
-    size = model.get_base_model().config.vocab_size if isinstance(model, PeftModel) else model.config.vocab_size
+def _check_range(ids: list[int], size: int) -> None:
     strange = [token for token in ids if not 0 <= token < size]
     if strange:
         raise ConfigError(f"the model has the tokens 0 to {size - 1}; the prompt has {strange[:5]}")

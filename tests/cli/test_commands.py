@@ -16,7 +16,7 @@ from mindspore.common.np_dtype import bfloat16
 from msft_peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, load_peft_weights
 from msft_peft.cli import main, parser
 from msft_peft.io.conversion import convert
-from msft_peft.models import AutoModelForCausalLM
+from msft_peft.models import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from tests import nets
 from tests.models import tiny
 from tests.tolerances import assert_same
@@ -204,6 +204,17 @@ def test_generate(adapter: Path, base: Path, capsys: pytest.CaptureFixture):
         assert run("generate", base, "--ids", "1 2", "--sample", "--seed", 3, "--max-new-tokens", 5) == 0
     first, second = capsys.readouterr().out.split()
     assert first == second != ",".join(map(str, found["new_ids"]))
+
+
+def test_generate_with_an_encoder_decoder(tmp_path: Path, capsys: pytest.CaptureFixture):
+    tiny.seq2seq("t5").save_pretrained(tmp_path / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    model = saved(base, tmp_path / "adapter", task_type="SEQ_2_SEQ_LM")
+    ids = Tensor(np.array([[5, 6, 7]], np.int32))
+    for name, expected in (("adapter", model), ("base", AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base"))):
+        assert run("generate", tmp_path / name, "--ids", "5,6,7", "--max-new-tokens", 4) == 0
+        tokens = expected.generate(ids, max_new_tokens=4).asnumpy()[0]
+        assert capsys.readouterr().out.strip() == ",".join(map(str, tokens[1:]))
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
