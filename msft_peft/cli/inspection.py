@@ -137,7 +137,7 @@ def _update(name: str, a: np.ndarray, b: np.ndarray, config: PeftConfig) -> floa
 _ANSWERS = {
     True: "yes",
     False: "no: every update is zero, it was never trained",
-    None: "unknown without the base model",
+    None: "unknown without the base model (--with-base)",
 }
 
 
@@ -160,7 +160,7 @@ def _told(found: Mapping[str, Any]) -> str:
         update = f"{layer['update']:.4g}" if "update" in layer else "-"
         norms = "  ".join(f"{weight} {norm:.4g}" for weight, norm in layer["norms"].items())
         rank, count = layer.get("rank", "-"), layer["parameters"]
-        lines.append(f"{layer['layer']:<{width}}  {rank:>4}  {count:>10,}  {update:>10}  {norms}")
+        lines.append(f"{layer['layer'] or '-':<{width}}  {rank:>4}  {count:>10,}  {update:>10}  {norms}")
     return "\n".join(lines)
 
 

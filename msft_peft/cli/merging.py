@@ -8,6 +8,7 @@ from typing import Any
 from msft_peft import auto
 from msft_peft.backend.hub import fetch_optional
 from msft_peft.config import PeftConfig
+from msft_peft.errors import MergeError
 from msft_peft.model import PeftModel
 
 _DESCRIPTION = """\
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise FileExistsError(f"'{out}' is there already and not empty. Name a new folder: nothing is overwritten.")
     adapter = {key: getattr(arguments, key) for key in ("subfolder", "revision") if getattr(arguments, key)}
     config = PeftConfig.from_pretrained(arguments.adapter, **adapter)
+    if config.is_prompt_learning:
+        raise MergeError(f"'{arguments.adapter}' puts virtual tokens before the input: there is nothing to merge.")
     config.base_model_name_or_path, config.revision = arguments.base, None
     kind = getattr(auto, f"Auto{PeftModel._for_task(config).__name__}")
     options = {key: getattr(arguments, key) for key in ("dtype", "provider") if getattr(arguments, key)}

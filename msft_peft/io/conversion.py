@@ -15,6 +15,8 @@ from msft_peft.io.adapter import ADAPTER_ENTRY, read_file, write_arrays
 
 READABLE, WRITABLE = (".safetensors", ".ckpt", ".bin"), (".safetensors", ".ckpt")
 
+# Virtual tokens, as HF's files and as parameters call them.
+_VIRTUAL_TOKENS, _PROMPT = "prompt_embeddings", "prompt_encoder."
 # MindSpore's names for what HF's files call weight and bias.
 _LOCAL = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
 # A weight that a tuner adds: its name, as HF spells them, ends in a capital or tells of a tuner.
@@ -33,7 +35,7 @@ def convert(source: Path, target: Path, adapter_name: str = "default") -> int:
         The number of tensors.
 
     Raises:
-        ConfigError: a format that is not read or not written.
+        ConfigError: a format that is not read or not written, or an adapter that is a network which makes tokens.
         FileNotFoundError: there is no `source`.
         LoadError: it is broken, or two tensors would get one name.
     """
@@ -45,7 +47,7 @@ def convert(source: Path, target: Path, adapter_name: str = "default") -> int:
     if not source.is_file():
         raise FileNotFoundError(f"there is no file '{source}'")
     tensors = read_file(source)
-    adapter = any(key.startswith(PREFIX) for key in tensors.arrays)
+    adapter = any(key.startswith((PREFIX, _PROMPT)) or key == _VIRTUAL_TOKENS for key in tensors.arrays)
     renamed: dict[str, np.ndarray] = {}
     for key, array in tensors.arrays.items():
         if adapter and source.suffix == ".ckpt":
@@ -64,6 +66,13 @@ def convert(source: Path, target: Path, adapter_name: str = "default") -> int:
 
 def _as_hf_key(name: str, adapter: str) -> str:
     """A parameter's name without the adapter's: ...q_proj.lora_A.default.weight -> ...q_proj.lora_A.weight."""
+    if name.startswith(_PROMPT):
+        if name != f"{_PROMPT}{adapter}.embedding.weight":
+            raise ConfigError(
+                f"{name} is of a network that makes virtual tokens, which HF's files do not have. Load the adapter "
+                "into its base model and call save_pretrained: that evaluates the network."
+            )
+        return _VIRTUAL_TOKENS
     below = name.removeprefix(PREFIX)
     below = re.sub(rf"\.modules_to_save\.{re.escape(adapter)}(?=\.)", "", below)
     below = re.sub(rf"\.{re.escape(adapter)}(?=(\.[^.]+)?$)", "", below)
@@ -73,6 +82,8 @@ def _as_hf_key(name: str, adapter: str) -> str:
 
 def _as_parameter_name(key: str, adapter: str) -> str:
     """The adapter's name where a tuner's weight has it; other tensors keep their keys, which are read all the same."""
+    if not key.startswith(PREFIX):
+        return key
     return PREFIX + _OF_A_TUNER.sub(rf".\1.{adapter}", key.removeprefix(PREFIX), count=1)
 
 

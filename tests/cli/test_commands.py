@@ -13,7 +13,14 @@ import safetensors.numpy
 from mindspore import Tensor
 from mindspore.common.np_dtype import bfloat16
 
-from msft_peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from msft_peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    load_peft_weights,
+)
 from msft_peft.cli import main, parser
 from msft_peft.io.conversion import convert
 from msft_peft.models import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -157,6 +164,24 @@ def test_adapters_there_and_back(case: str, name: str, tmp_path: Path):
     loaded = PeftModel.from_pretrained(nets.Blocks(), tmp_path / "other")
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == original
+
+
+def test_virtual_tokens(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """An adapter without layers: looked at, converted there and back, used; there is nothing to merge."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "a")
+    original = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    convert(tmp_path / "a" / "adapter_model.ckpt", tmp_path / "b" / "adapter_model.safetensors")
+    assert (tmp_path / "b" / "adapter_model.safetensors").read_bytes() == original
+    convert(tmp_path / "b" / "adapter_model.safetensors", tmp_path / "c" / "adapter_model.ckpt")
+    (tmp_path / "c" / "adapter_config.json").write_bytes((tmp_path / "a" / "adapter_config.json").read_bytes())
+    assert run("generate", tmp_path / "a", "--ids", "1,2", "--max-new-tokens", 3) == 0
+    assert run("generate", tmp_path / "c", "--ids", "1,2", "--max-new-tokens", 3) == 0
+    first, second = capsys.readouterr().out.split()
+    assert first == second
+    assert inspected(capsys, tmp_path / "a")["parameters"] == 3 * tiny.WIDTH
+    assert run("merge", base, tmp_path / "a", tmp_path / "merged") == 1
+    assert "there is nothing to merge" in capsys.readouterr().err
 
 
 def test_whole_models(base: Path, tmp_path: Path):
