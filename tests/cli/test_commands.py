@@ -210,6 +210,28 @@ def test_convert_on_the_command_line(adapter: Path, tmp_path: Path, capsys: pyte
     assert run("convert", source, target, "--force") == 0
 
 
+def test_to_mindpet_and_back(adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    architecture = ("--architecture", "llama")
+    config = LoraConfig.from_pretrained(adapter)
+    config.init_lora_weights = True  # MindPet knows no other way to begin
+    config.save_pretrained(adapter)
+    assert run("convert", "--to", "mindpet", *architecture, adapter, tmp_path / "mf.ckpt") == 0
+    block = json.loads(capsys.readouterr().out)
+    assert (block["pet_type"], block["lora_rank"]) == ("lora", 4)
+    assert any("attention.wq" in name for name in ms.load_checkpoint(str(tmp_path / "mf.ckpt")))
+    back = ("convert", "--from", "mindpet", *architecture, tmp_path / "mf.ckpt", tmp_path / "back")
+    assert run(*back) == 1
+    assert "alpha" in capsys.readouterr().err
+    assert run(*back, "--lora-alpha", block["lora_alpha"]) == 0
+    one, two = (load_peft_weights(folder) for folder in (adapter, tmp_path / "back"))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert_same(one[key], two[key], "exact")
+    for option in (("--lora-alpha", 8), architecture):
+        assert run("convert", adapter / "adapter_model.ckpt", tmp_path / "x.safetensors", *option) == 1
+        assert "goes with --from mindpet" in capsys.readouterr().err
+
+
 # --- generate -------------------------------------------------------------------------------------------------------
 
 
