@@ -44,7 +44,8 @@ def replacing_all(folder: Path) -> Iterator[Path]:
     """A scratch folder whose files take the places of those in `folder`, all of them, when the block ends well.
 
     One renaming decides: the scratch folder gets the name under which `current` looks first. A process that is killed
-    before it leaves the old files, and one that is killed after it the new ones: whoever comes next moves them.
+    before it leaves the old files, and one that is killed after it the new ones: whoever comes next moves them. An
+    empty file says that the one of its name is to go.
 
     Raises:
         NotADirectoryError: `folder` exists and is a file.
@@ -69,12 +70,13 @@ def replacing_all(folder: Path) -> Iterator[Path]:
     _move_pending(folder)
 
 
-def current(folder: Path, name: str) -> Path:
-    """The path of a file that `replacing_all` may have written; what a killed process left is moved first."""
+def current(folder: Path, name: str) -> Path | None:
+    """The path of a file that `replacing_all` may have written, if there is one; what was left is moved first."""
     with contextlib.suppress(OSError):  # a folder that may only be read
         _move_pending(folder)
     waiting = folder / _PENDING / name
-    return waiting if waiting.is_file() else folder / name
+    path = waiting if waiting.is_file() else folder / name
+    return path if path.is_file() and (path is not waiting or path.stat().st_size) else None
 
 
 def _move_pending(folder: Path) -> None:
@@ -85,7 +87,11 @@ def _move_pending(folder: Path) -> None:
         return
     for name in names:
         with contextlib.suppress(FileNotFoundError):  # another process moved it
-            os.replace(pending / name, folder / name)
+            if (pending / name).stat().st_size == 0:
+                (folder / name).unlink(missing_ok=True)
+                (pending / name).unlink()
+            else:
+                os.replace(pending / name, folder / name)
     with contextlib.suppress(OSError):  # another process removed it, or has put its own files there
         pending.rmdir()
 

@@ -52,8 +52,7 @@ def fetch(source: str | os.PathLike, name: str, subfolder: str | None = None, **
         )
     directory = Path(source)
     if directory.is_dir():
-        path = current(Path(inside(directory, subfolder or "", "subfolder=")), name)
-        return path if path.is_file() else None
+        return current(Path(inside(directory, subfolder or "", "subfolder=")), name)
     try:
         with plainly(f"'{source}' is no directory here, and '{name}' could not be had from the Hub under that name"):
             return Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub))
