@@ -211,7 +211,7 @@ class Prompted(nn.Cell):
         """Positions (B, T) as a forward pass, training for instance, counts them by itself: over padding, too."""
         slots = ops.arange(length)
         count = getattr(self.base_model.base_model, "positions", None)  # a model may count in a way of its own
-        return ops.broadcast_to(slots if count is None else count(slots, mask), (batch, length))
+        return ops.broadcast_to(slots if count is None else count(slots, length, mask), (batch, length))
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
         """What the active adapter puts before a batch.
