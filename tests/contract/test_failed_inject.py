@@ -159,4 +159,4 @@ def test_a_failed_wrap_can_be_repeated_rightly(nested: Case):
 def test_a_model_without_layers():
     for case in block_cases():
         with pytest.raises(NoMatchingPeftModuleError):
-            get_peft_model(nets.nn.ReLU(), case.config())
+            get_peft_model(nets.nn.ReLU(), case.config(target_modules=["q"]))

@@ -182,7 +182,7 @@ def test_what_is_refused_changes_nothing(case: Case, tmp_path: Path):
         (AdapterNameError, "does not exist", lambda: model.delete_adapter("nope")),
         (AdapterNameError, "already exists", lambda: model.add_adapter("two", case.config())),
         (ConfigError, "different peft types", lambda: model.add_adapter("three", LoraConfig(target_modules=["qkv"]))),
-        (FileNotFoundError, "neither", lambda: model.load_adapter(tmp_path / "empty", "three")),
+        (FileNotFoundError, "no adapter weights", lambda: model.load_adapter(tmp_path / "empty", "three")),
         (TypeError, "takes one name", lambda: model.set_adapter(["one", "two"])),
         (ConfigError, "does not go with prompts", lambda: model(adapter_names=["one", "two"], **inputs(case))),
         (AttributeError, "nothing to merge", lambda: model.merge_and_unload()),

@@ -155,7 +155,7 @@ METHOD_CASES = {
         other("Miss", "linear_mini", "mlp", "lin0", r=2, mini_r=2, init_weights="mini"),
         other("Miss", "linear_bat", "mlp", "lin0", r=2, init_weights="bat"),
         other("Gralora", "linear", "mlp", "lin0", "lin1", r=4, alpha=5),
-        other("Gralora", "hybrid", "mlp", "lin0", r=4, gralora_k=2, hybrid_r=2),
+        other("Gralora", "hybrid", "mlp", "lin0", r=4, gralora_k=2, hybrid_r=2, alpha=5),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }
