@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig as HfLoraConfig
 from peft import PeftModel as HfPeftModel
 
 from msft_peft import LoraConfig, PeftModel, get_peft_model
@@ -147,7 +148,7 @@ def test_a_dilated_convolution_works_here(tmp_path):
     model.merge_adapter()
     same("output", model(x).asnumpy(), before)
     hf = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, dilation=2))
-    hf = theirs.get_peft_model(hf, theirs.LoraConfig(r=2, target_modules=["0"]))
+    hf = theirs.get_peft_model(hf, HfLoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(RuntimeError, match="must match the size"):
         hf(torch.tensor(x.asnumpy()))
 
@@ -184,7 +185,7 @@ def test_modules_to_save_named_like_the_end_of_others(tmp_path):
     torch.manual_seed(0)
     base = HfNorms()
     weights = {key: value.numpy().copy() for key, value in base.state_dict().items()}
-    hf = theirs.get_peft_model(base, theirs.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["norm"]))
+    hf = theirs.get_peft_model(base, HfLoraConfig(r=2, target_modules=["lin"], modules_to_save=["norm"]))
     for p in hf.parameters():
         if p.requires_grad:
             p.data += 0.3 * torch.randn(p.shape)
@@ -220,7 +221,7 @@ def test_half_precision_keeps_its_bits(name, dtype, suffix, tmp_path):
     folders = [tmp_path / who for who in ("theirs", "ours", "again")]
     hf = theirs.get_peft_model(
         theirs.build(the_case.net, weights).to(hf_dtype),
-        theirs.LoraConfig(**the_case.config),
+        HfLoraConfig(**the_case.config),
         autocast_adapter_dtype=False,
     )
     for p in hf.parameters():
@@ -250,7 +251,7 @@ def test_half_precision_bases_get_float32_adapters(name, dtype, tmp_path):
     the_case, (hf_dtype, ms_dtype) = CASES[name], HALVES[dtype]
     weights, _, _ = theirs.data(the_case, SEED)
     module = theirs.build(the_case.net, weights).to(hf_dtype)
-    hf = theirs.get_peft_model(module, theirs.LoraConfig(**the_case.config))
+    hf = theirs.get_peft_model(module, HfLoraConfig(**the_case.config))
     hf.save_pretrained(tmp_path / "theirs")
     mine = PeftModel.from_pretrained(half_cell(the_case.net, weights, ms_dtype), tmp_path / "theirs")
     mine.save_pretrained(tmp_path / "ours")
