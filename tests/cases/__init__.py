@@ -32,6 +32,7 @@ class Case:
         merges: False if a layer here cannot be merged, though the method can.
         life: it is also tested on what does not depend on the kind of layer: files, switches, failures.
         residual: the base weights give up what the fresh adapter adds, so that they are not what they were beside it.
+        descent: what part of the loss 20 steps of SGD leave at most: more where a method can do little here.
         method: filled in by `all_cases`.
     """
 
@@ -45,6 +46,7 @@ class Case:
     merges: bool = True
     life: bool = False
     residual: bool = False
+    descent: float = 0.8
     method: Method = field(default=None, repr=False)  # type: ignore[assignment]
 
     @property

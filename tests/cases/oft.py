@@ -6,7 +6,14 @@ from tests import nets
 from tests.cases import Case
 
 CASES = (
-    Case("dense", nets.Dense, {"target_modules": ["lin0", "lin1"], "oft_block_size": 2}, ("lin0", "lin1"), life=True),
+    Case(
+        "dense",
+        nets.Dense,
+        {"target_modules": ["lin0", "lin1"], "oft_block_size": 2},
+        ("lin0", "lin1"),
+        life=True,
+        descent=0.95,
+    ),
     Case(
         "exact",
         nets.Dense,

@@ -74,7 +74,7 @@ def test_sgd_descends(plain: Case, mode: str):
 
     step = ms.jit(step) if mode == "graph" else step
     losses = [float(array(step(x, target))) for _ in range(20)]
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < plain.descent * losses[0]
     assert_only_the_adapter_moved(model, before)
 
 

@@ -25,7 +25,6 @@ from msft_peft.errors import PeftWarning
 from msft_peft.graph import freeze_delta
 from msft_peft.io.adapter import read_tensors
 from msft_peft.models import LlamaConfig, LlamaForCausalLM
-from msft_peft.registry import METHODS
 from tests.cases import layers_of, shake
 from tests.tolerances import array, assert_same, differ
 
@@ -197,7 +196,6 @@ def test_glm_and_older_names(tmp_path: Path):
     assert {name: value.tobytes() for name, value in back.items()} == {n: v.tobytes() for n, v in given.items()}
 
 
-@pytest.mark.skipif("PREFIX_TUNING" not in METHODS, reason="prefix tuning is not built yet")
 @pytest.mark.parametrize("projection", [False, True])
 def test_prefixes(projection: bool, tmp_path: Path):
     cell = delta.PrefixEncoder(3, 2, 2, 4, projection, 5, 0.0).set_train(False)

@@ -15,7 +15,6 @@ from msft_peft import (
     to_pet_config,
 )
 from msft_peft.errors import PeftWarning
-from msft_peft.registry import METHODS
 from tests import nets
 from tests.cases import layers_of
 
@@ -120,7 +119,6 @@ def test_adapters():
     assert paths(from_pet_config({"pet_type": "bitfit", "target_modules": "mlp"})) == ["layers.0.mlp", "layers.1.mlp"]
 
 
-@pytest.mark.skipif("PREFIX_TUNING" not in METHODS, reason="prefix tuning is not built yet")
 @pytest.mark.parametrize(
     ("settings", "tokens", "hidden", "projection"),
     [
