@@ -31,6 +31,7 @@ MODEL = {
 }
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA r=8 on q_proj and v_proj": ("LoraConfig", {"r": 8, "target_modules": ["q_proj", "v_proj"]}),
+    "a prefix of 16 tokens": ("PrefixTuningConfig", {"num_virtual_tokens": 16}),
 }
 # What is asked for: rows of the batch, options.
 TASKS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -59,6 +59,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--modules-to-save", nargs="+", default=(), help="layers that were trained whole; with --from"
     )
+    command.add_argument(
+        "--prefix-layers", metavar="PATH", help="of each layer's PrefixLayer, as in blocks.{}.prefix; with --to"
+    )
     command.set_defaults(run=run)
 
 
@@ -67,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     told = [name for name in ("lora_alpha", "pet_config", "modules_to_save") if getattr(arguments, name)]
     if told and not arguments.origin:
         raise ConfigError(f"--{told[0].replace('_', '-')} goes with --from mindpet alone")
+    if arguments.prefix_layers and not arguments.goal:
+        raise ConfigError("--prefix-layers goes with --to mindpet alone")
     if arguments.architecture and not (arguments.origin or arguments.goal):
         raise ConfigError("--architecture goes with --from mindpet or --to mindpet alone")
     target: Path = arguments.target
@@ -83,7 +88,10 @@ def run(arguments: argparse.Namespace) -> None:
         )
         print(f"{target}: a {made.peft_type} adapter from {arguments.source}")
     elif arguments.goal:
-        print(json.dumps(peft_to_mindpet(arguments.source, target, architecture=arguments.architecture), indent=2))
+        block = peft_to_mindpet(
+            arguments.source, target, architecture=arguments.architecture, prefix_layers=arguments.prefix_layers
+        )
+        print(json.dumps(block, indent=2))
     else:
         count = convert(arguments.source, target, arguments.adapter_name)
         print(f"{target}: {count} tensors from {arguments.source}")

@@ -12,7 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from msft_peft.backend.arrays import as_float32, to_numpy
+from msft_peft.backend.arrays import to_numpy
 from msft_peft.backend.files import replacing
 from msft_peft.config import PeftConfig
 from msft_peft.core.keys import PREFIX
@@ -20,10 +20,10 @@ from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
 from msft_peft.io.adapter import SAFETENSORS_NAME, read_arrays, read_tensors, write_arrays
 from msft_peft.io.card import About, write_card
+from msft_peft.io.factors import Arrays, filled, joined_output, rescaled, split_output
+from msft_peft.io.mindpet_prefix import PROMPT, has_prefix, prefix_to_hf, prefix_to_mindpet
 from msft_peft.io.name_maps import NameMap, name_map
 from msft_peft.io.pet_config import from_pet_config, to_pet_config
-
-Arrays = dict[str, np.ndarray]
 
 _ADAPTER = r"(?:\.mindpet_delta_adapter)?\.mindpet_delta_adapter_block\.mindpet_delta_adapter_(down|up)_sampler\."
 _LOW = r"(?:\.mindpet_delta_low_rank_adapter)?\.mindpet_delta_low_rank_adapter_(down|up)_sampler\."
@@ -35,8 +35,6 @@ _ENDS: tuple[tuple[str, str, str], ...] = (
     (_LOW + r"mindpet_delta_low_rank_adapter_weight_(left|right)", "LOW_RANK_ADAPTER", "adapter_{0}_{1}.weight"),
     (_LOW + "(bias)", "LOW_RANK_ADAPTER", "adapter_{0}.{1}"),
 )
-_PREFIX = re.compile(r"(?:.*\.)?mindpet_delta_(ptuning2|prefixtuning)_(.+)")
-_PROMPT = "prompt_embeddings"
 _TORCH = {"gamma": "weight", "beta": "bias", "embedding_table": "weight", "embedding_weight": "weight"}
 
 
@@ -51,8 +49,8 @@ def mindpet_to_peft(
 ) -> PeftConfig:
     """Write a checkpoint of MindPet or MindFormers as an adapter directory that HF peft and `PeftModel` load.
 
-    Ranks and targets are read from the tensors. LoRA, adapters, low-rank adapters, and the prefixes of MindFormers
-    (`ptuning2`, `prefixtuning`; the projection of one is carried out).
+    Ranks and targets are read from the tensors. LoRA, adapters, low-rank adapters, and prefixes: MindFormers'
+    (`ptuning2`, `prefixtuning`) and those of MindPet's `PrefixLayer`, whose MLPs are carried out.
 
     Args:
         source: a `.ckpt` or `.safetensors` file, or its tensors by name.
@@ -80,13 +78,14 @@ def mindpet_to_peft(
     """
     names, arrays = name_map(architecture), _read(source)
     given = _config_of(config, lora_alpha)
-    if any(_PREFIX.fullmatch(name) for name in arrays):
-        found, fields_ = _prefix(arrays, given, names)
+    if has_prefix(arrays):
+        _check_kind("PREFIX_TUNING", given)
+        found, fields_ = prefix_to_hf(arrays, given, names)
     else:
         found, fields_ = _layers(arrays, given, names, modules_to_save, qkv_sizes)
     made = PeftConfig.from_dict(fields_, origin="the checkpoint and its config")
     directory = Path(save_directory)
-    write_arrays(_made(directory) / SAFETENSORS_NAME, {PREFIX * (key != _PROMPT) + key: a for key, a in found.items()})
+    write_arrays(_made(directory) / SAFETENSORS_NAME, {PREFIX * (key != PROMPT) + key: a for key, a in found.items()})
     made.save_pretrained(directory)
     size = sum(array.size for array in found.values())
     write_card(directory, About(made, made.base_model_name_or_path, size))
@@ -99,6 +98,7 @@ def peft_to_mindpet(
     architecture: str | None = None,
     fused: bool = False,
     qkv_sizes: Sequence[int] | None = None,
+    prefix_layers: str | None = None,
     **hub: Any,
 ) -> dict[str, Any]:
     """Write an adapter directory of HF as a checkpoint under MindPet's names, for MindPet, MindFormers or our `delta`.
@@ -112,20 +112,24 @@ def peft_to_mindpet(
         architecture: as of `mindpet_to_peft`.
         fused: MindFormers' model holds q, k and v in one layer (`qkv_concat`).
         qkv_sizes: rows of q, k and v there.
+        prefix_layers: where the model holds a `PrefixLayer` of MindPet in each layer: its path, with {} for the
+            layer's number; None writes a prefix as MindFormers has it, in one encoder.
         hub: `subfolder`, and `revision`, `token`, ... for `huggingface_hub`.
 
     Returns:
         The `pet_config` that goes with it.
 
     Raises:
-        ConfigError: the config is of a method, or has options, that MindPet has not.
+        ConfigError: the config is of a method, or has options, that MindPet has not; or `prefix_layers` does not fit.
         LoadError: the tensors cannot be read, or some have no counterpart; all of them are listed.
         FileNotFoundError: no weights file.
     """
     names, config = name_map(architecture), PeftConfig.from_pretrained(source, **hub)
     arrays = {key.removeprefix(PREFIX): array for key, array in read_tensors(source, **hub).arrays.items()}
     if config.peft_type == "PREFIX_TUNING":
-        found, block = _prefix_back(arrays, config, names)
+        found, block = prefix_to_mindpet(arrays, config, names, prefix_layers)
+    elif prefix_layers is not None:
+        raise ConfigError(f"prefix_layers is for prefixes, and the adapter is of {config.peft_type}.")
     else:
         found, block = _layers_back(arrays, config, names, fused, qkv_sizes)
     _write(Path(path), found)
@@ -206,14 +210,14 @@ def _renamed_lora(
     for layer, weights in layers.items():
         targets = names.to_hf(layer)
         if len(targets) > 1:
-            found |= dict(zip(targets, _split(weights, layer, len(targets), sizes)))
+            found |= dict(zip(targets, split_output(weights, layer, len(targets), sizes)))
         elif len(names.from_hf(targets[0], False)) > 1 and layer in names.from_hf(targets[0], False):
             parts.setdefault(targets[0], {})[layer] = weights
         else:
             found[targets[0]] = weights
     grown = {}
     for target, some in parts.items():
-        found[target] = _joined(some, names.from_hf(target, False))
+        found[target] = joined_output(some, names.from_hf(target, False))
         grown[target] = max(weights["lora_A.weight"].shape[0] for weights in some.values())
     return found, grown
 
@@ -276,40 +280,6 @@ def _whole(rest: Arrays, names: NameMap, whole: Sequence[str], biases: bool) -> 
 def _check_kind(kind: str, given: dict[str, Any]) -> None:
     if given.get("peft_type", kind) != kind:
         raise ConfigError(f"The checkpoint holds weights of {kind}, but the config is of {given['peft_type']}.")
-
-
-def _prefix(arrays: Arrays, given: dict[str, Any], names: NameMap) -> tuple[Arrays, dict[str, Any]]:
-    """The prefix of a ptuning2 or prefixtuning checkpoint, as HF has it: (tokens, layers · 2 · heads · size)."""
-    _check_kind("PREFIX_TUNING", given)
-    own = {m[2]: as_float32(array) for name, array in arrays.items() if (m := _PREFIX.fullmatch(name))}
-    table = own.get("embedding.embedding_table")
-    if table is None:
-        raise LoadError(f"The prefix's embedding_table is missing: found {sorted(own)}.")
-    first = next((name for name in ("trans.0", "dense_in") if f"{name}.weight" in own), None)
-    if first is not None:
-        last = "trans.2" if first == "trans.0" else "dense_out"
-        h = np.tanh(table @ own[f"{first}.weight"].T + own[f"{first}.bias"])
-        table = h @ own[f"{last}.weight"].T + own[f"{last}.bias"]
-    layers, heads = given.get("num_layers"), given.get("num_attention_heads")
-    if not layers or not heads or table.shape[1] % (2 * layers * heads):
-        raise ConfigError(
-            f"A prefix of {table.shape[1]} numbers for each token does not divide into num_layers={layers} and "
-            f"num_attention_heads={heads}: pass the run configuration, or a PrefixTuningConfig with both."
-        )
-    _warn_of_positions(names)
-    sizes = {"num_virtual_tokens": table.shape[0], "token_dim": table.shape[1] // (2 * layers)}
-    fields_ = given | {"peft_type": "PREFIX_TUNING", "prefix_projection": False, "encoder_hidden_size": None} | sizes
-    return {_PROMPT: table.astype(np.float32)}, fields_
-
-
-def _warn_of_positions(names: NameMap) -> None:
-    if names.rotary:
-        warnings.warn(
-            "MindFormers counts positions from the first token after the prefix, HF peft from the prefix on: with "
-            "rotary positions the results are others, unless position_ids that begin at 0 are passed.",
-            PeftWarning,
-            stacklevel=4,
-        )
 
 
 # --- to MindPet ------------------------------------------------------------------------------------------------------
@@ -391,89 +361,22 @@ def _back(
         alpha = match_pattern(config.alpha_pattern, layer, config.lora_alpha)
         scaled[layer] = (weights, alpha / (r**0.5 if config.use_rslora else r))
     common = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    evened = {layer: _scaled(weights, scale / common) for layer, (weights, scale) in scaled.items()}
+    evened = {layer: rescaled(weights, scale / common) for layer, (weights, scale) in scaled.items()}
     found: dict[str, Arrays] = {}
     parts: dict[str, dict[str, Arrays]] = {}
     for layer, weights in evened.items():
         targets = names.from_hf(layer, fused)
         if len(targets) > 1:
-            found |= dict(zip(targets, _split(weights, layer, len(targets), sizes)))
+            found |= dict(zip(targets, split_output(weights, layer, len(targets), sizes)))
         elif fused and len(names.to_hf(targets[0])) > 1:
             parts.setdefault(targets[0], {})[layer] = weights
         else:
             found[targets[0]] = weights
     for target, some in parts.items():
-        found[target] = _joined(some, names.to_hf(target))
+        found[target] = joined_output(some, names.to_hf(target))
     rank = max(weights["lora_A.weight"].shape[0] for weights in found.values())
     alpha = common * rank
-    return {layer: _filled(weights, rank) for layer, weights in found.items()}, rank, _number(alpha)
-
-
-def _prefix_back(arrays: Arrays, config: Any, names: NameMap) -> tuple[Arrays, dict[str, Any]]:
-    table = arrays.get(_PROMPT)
-    if table is None:
-        raise LoadError(f"The adapter has no {_PROMPT}: found {sorted(arrays)}.")
-    _warn_of_positions(names)
-    stem = "mindpet_delta_ptuning2_"
-    found = {
-        f"{stem}prefix": np.arange(table.shape[0], dtype=np.int64),
-        f"{stem}embedding.embedding_table": table,
-    }
-    block = {"pet_type": "ptuning2", "pre_seq_len": int(table.shape[0]), "prefix_projection": False}
-    return found, block | {"dropout_prob": 0.0}
-
-
-# --- factors ---------------------------------------------------------------------------------------------------------
-
-
-def _split(weights: Arrays, layer: str, parts: int, sizes: Sequence[int] | None) -> list[Arrays]:
-    """One LoRA as several on the parts of its output, which share A.
-
-    Raises:
-        ConfigError: the parts are not so large.
-    """
-    a, b = weights["lora_A.weight"], weights["lora_B.weight"]
-    rows = list(sizes) if sizes is not None and parts == len(sizes) else [b.shape[0] // parts] * parts
-    if sum(rows) != b.shape[0]:
-        raise ConfigError(f"{layer} has {b.shape[0]} rows, which {rows} do not make up: pass qkv_sizes.")
-    pieces = np.split(b, np.cumsum(rows)[:-1])
-    return [{"lora_A.weight": a, "lora_B.weight": np.ascontiguousarray(piece)} for piece in pieces]
-
-
-def _joined(parts: Mapping[str, Arrays], order: Sequence[str]) -> Arrays:
-    """Several LoRAs, on the parts of one output, as one: with the same A of the same rank, else with their sum.
-
-    Raises:
-        LoadError: one of the parts is missing: how large it is cannot be told.
-    """
-    missing = [name for name in order if name not in parts]
-    if missing:
-        raise LoadError(f"{', '.join(missing)} must have adapters too: one layer holds all of {', '.join(order)}.")
-    downs, ups = ([parts[name][f"lora_{x}.weight"] for name in order] for x in "AB")
-    if all(down.shape == downs[0].shape and (down == downs[0]).all() for down in downs):
-        return {"lora_A.weight": downs[0], "lora_B.weight": np.concatenate(ups)}
-    rank, row = 0, 0
-    up = np.zeros((sum(u.shape[0] for u in ups), sum(d.shape[0] for d in downs)), ups[0].dtype)
-    for part in ups:
-        up[row : row + part.shape[0], rank : rank + part.shape[1]] = part
-        row, rank = row + part.shape[0], rank + part.shape[1]
-    return {"lora_A.weight": np.concatenate(downs), "lora_B.weight": up}
-
-
-def _scaled(weights: Arrays, factor: float) -> Arrays:
-    if factor == 1:
-        return weights
-    b = weights["lora_B.weight"]
-    return weights | {"lora_B.weight": (as_float32(b) * np.float32(factor)).astype(b.dtype)}
-
-
-def _filled(weights: Arrays, rank: int) -> Arrays:
-    """The same update by factors of a higher rank."""
-    a, b = weights["lora_A.weight"], weights["lora_B.weight"]
-    more = rank - a.shape[0]
-    if not more:
-        return weights
-    return {"lora_A.weight": np.pad(a, ((0, more), (0, 0))), "lora_B.weight": np.pad(b, ((0, 0), (0, more)))}
+    return {layer: filled(weights, rank) for layer, weights in found.items()}, rank, _number(alpha)
 
 
 def _number(value: float) -> float:

@@ -219,6 +219,104 @@ def test_prefixes(projection: bool, tmp_path: Path):
         mindpet_to_peft(tmp_path / "mf.ckpt", tmp_path / "rotary", config=run, architecture="llama")
 
 
+class Layered(nn.Cell):
+    """A `PrefixLayer` in each of two layers."""
+
+    def __init__(self, tokens: int = 4, width: int = 6) -> None:
+        super().__init__()
+        self.blocks = nn.CellList([nn.Dense(1, 1) for _ in range(12)])
+        for block in self.blocks:
+            block.prefix = delta.PrefixLayer(tokens, 2, 2, width, 5, 3, 0.0)
+        self.update_parameters_name()
+
+
+def prefixes_of(net: Layered) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [tuple(array(part) for part in block.prefix()) for block in net.blocks]
+
+
+def saved(net: nn.Cell, path: Path) -> Path:
+    ms.save_checkpoint(net, str(path), choice_func=lambda name: "mindpet_delta" in name)
+    return path
+
+
+SIZES = {"num_layers": 12, "num_heads": 2, "hidden_size": 6}
+LAYERED = SIZES | {"pet_config": {"pet_type": "prefixtuning", "prefix_token_num": 4, "mid_dim": 3}}
+
+
+def test_prefixes_in_each_layer(tmp_path: Path):
+    net = Layered().set_train(False)
+    shake(net.trainable_params())
+    config = mindpet_to_peft(saved(net, tmp_path / "theirs.ckpt"), tmp_path / "hf", config=LAYERED)
+    assert (config.num_virtual_tokens, config.num_layers, config.token_dim) == (4, 12, 6)
+    prompt = safetensors.numpy.load_file(tmp_path / "hf" / "adapter_model.safetensors")["prompt_embeddings"]
+    for number, (key, value) in enumerate(prefixes_of(net)):  # layer 10 comes after layer 2
+        assert_same(prompt.reshape(4, 12, 2, 6)[:, number], np.stack([key, value], 1), "merge")
+
+    block = peft_to_mindpet(tmp_path / "hf", tmp_path / "back.ckpt", prefix_layers="blocks.{}.prefix")
+    assert block == {"pet_type": "prefixtuning", "prefix_token_num": 4, "mid_dim": 4, "dropout_rate": 0.0}
+    again = mindpet_to_peft(tmp_path / "back.ckpt", tmp_path / "again", config=LAYERED)
+    assert again.num_virtual_tokens == 4
+    kept = safetensors.numpy.load_file(tmp_path / "again" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert kept.tobytes() == prompt.tobytes()
+    fresh = Layered().set_train(False)
+    for cell in fresh.blocks:
+        cell.prefix = delta.PrefixLayer(4, 2, 2, 6, 4, block["mid_dim"], block["dropout_rate"]).set_train(False)
+    fresh.update_parameters_name()
+    ms.load_param_into_net(fresh, ms.load_checkpoint(str(tmp_path / "back.ckpt")))
+    for ours, theirs in zip(prefixes_of(fresh), prefixes_of(net)):
+        assert_same(ours[0], theirs[0], "merge")
+        assert_same(ours[1], theirs[1], "merge")
+
+
+def test_a_prefix_of_mindpets_own_layer_is_key_and_value(tmp_path: Path):
+    rng, stem = np.random.default_rng(0), "mindpet_delta_prefixtuning_"
+    shapes = {"wte.embedding_table": (4, 5), "control_trans.0.weight": (3, 5), "control_trans.0.bias": (3,)}
+    shapes |= {"control_trans.2.weight": (6, 3), "control_trans.2.bias": (6,)}
+    given = {stem + name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    mindpet_to_peft(given, tmp_path / "hf", config=LAYERED | {"num_layers": 1})
+    prompt = safetensors.numpy.load_file(tmp_path / "hf" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert (prompt[:, :6] == prompt[:, 6:]).all()
+    h = np.tanh(
+        given[f"{stem}wte.embedding_table"] @ given[f"{stem}control_trans.0.weight"].T
+        + given[f"{stem}control_trans.0.bias"]
+    )
+    assert_same(prompt[:, :6], h @ given[f"{stem}control_trans.2.weight"].T + given[f"{stem}control_trans.2.bias"])
+
+
+@pytest.mark.parametrize(
+    ("drop", "run", "kind", "text"),
+    [
+        (None, {"num_layers": 3}, ConfigError, "num_layers=3, but the checkpoint has prefixes in 12 layers"),
+        (None, {"hidden_size": 4}, ConfigError, "neither token_dim=4 nor twice that"),
+        (
+            "blocks.3.prefix.mindpet_delta_prefixtuning_wte.embedding_table",
+            {},
+            LoadError,
+            "blocks.3.prefix lacks its wte",
+        ),
+        ("blocks.3.prefix.mindpet_delta_prefixtuning_control_trans.2.bias", {}, LoadError, "control_trans.2.bias"),
+    ],
+)
+def test_prefixes_that_do_not_fit(drop: str | None, run: dict, kind: type, text: str, tmp_path: Path):
+    given = {p.name: array(p) for p in Layered().get_parameters() if "mindpet_delta" in p.name}
+    given.pop(drop, None)
+    with pytest.raises(kind, match=text):
+        mindpet_to_peft(given, tmp_path / "hf", config=LAYERED | run)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_where_the_layers_prefixes_go_must_be_said_right(tmp_path: Path):
+    given = {p.name: array(p) for p in Layered().get_parameters() if "mindpet_delta" in p.name}
+    mindpet_to_peft(given, tmp_path / "hf", config=LAYERED)
+    for path in ("blocks.prefix", "blocks.{}.{}"):
+        with pytest.raises(ConfigError, match=r"must hold \{\} once"):
+            peft_to_mindpet(tmp_path / "hf", tmp_path / "mf.ckpt", prefix_layers=path)
+    llama_adapter(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="prefix_layers is for prefixes"):
+        peft_to_mindpet(tmp_path / "lora", tmp_path / "mf.ckpt", prefix_layers="blocks.{}.prefix")
+    assert not (tmp_path / "mf.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "kind", "text"),
     [
