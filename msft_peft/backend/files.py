@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_SCRATCH = ".msft_peft-"
 # Where a finished set of files waits to be moved into its folder.
-_PENDING = ".msft_peft-new"
+_PENDING = f"{_SCRATCH}new"
+# Seconds after which a scratch folder is what a killed process left, and no longer one that is being written.
+_ABANDONED = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -45,7 +49,7 @@ def replacing_all(folder: Path) -> Iterator[Path]:
 
     One renaming decides: the scratch folder gets the name under which `current` looks first. A process that is killed
     before it leaves the old files, and one that is killed after it the new ones: whoever comes next moves them. An
-    empty file says that the one of its name is to go.
+    empty file says that the one of its name is to go. Scratch folders that killed processes left go after a day.
 
     Raises:
         NotADirectoryError: `folder` exists and is a file.
@@ -53,7 +57,8 @@ def replacing_all(folder: Path) -> Iterator[Path]:
     if folder.is_file():
         raise NotADirectoryError(f"Provided path ({folder}) should be a directory, not a file")
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".msft_peft-"))
+    _sweep(folder)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=_SCRATCH))
     try:
         yield scratch
         while True:
@@ -77,6 +82,13 @@ def current(folder: Path, name: str) -> Path | None:
     waiting = folder / _PENDING / name
     path = waiting if waiting.is_file() else folder / name
     return path if path.is_file() and (path is not waiting or path.stat().st_size) else None
+
+
+def _sweep(folder: Path) -> None:
+    for left in folder.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if left.name != _PENDING and time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _move_pending(folder: Path) -> None:

@@ -11,6 +11,7 @@ _dot = ops.BatchMatMul(transpose_b=True)
 _mix = ops.BatchMatMul()
 _mix_transposed = ops.BatchMatMul(transpose_a=True)
 _matmul = ops.MatMul()
+_scatter = ops.TensorScatterUpdate()
 
 
 def attend(
@@ -44,6 +45,8 @@ def attend(
         mixed = _mix(ops.softmax(scores, -1).astype(v.dtype), v)
     else:
         mixed, _ = _softmax_mix(scores, v)
+    if t == 1:
+        return mixed.reshape((b, 1, n * d))
     return mixed.reshape((b, n, t, d)).swapaxes(1, 2).reshape((b, t, n * d))
 
 
@@ -71,6 +74,12 @@ class SoftmaxMix(nn.Cell):
 _softmax_mix = SoftmaxMix()
 
 
+def heads_first(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, N·D) as (B, N, T, D). A single token is not moved, which saves a kernel."""
+    b, t, _ = x.shape
+    return x.reshape((b, -1, 1, head_dim)) if t == 1 else x.reshape((b, t, -1, head_dim)).swapaxes(1, 2)
+
+
 def split_heads(fused: Tensor, heads: int, by_head: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Take queries, keys and values, (B, N, T, D) each, out of one projection (B, T, 3·N·D).
 
@@ -92,8 +101,11 @@ def remember(past: Tensor, new: Tensor, slot: Tensor | None) -> Tensor:
     """Append `new` (B, K, T, D) to `past` (B, K, S, D); or, given a slot (1,), write the one new token there."""
     if slot is None:
         return ops.cat((past.astype(new.dtype), new), 2)
-    here = ops.equal(Tensor(np.arange(past.shape[2], dtype=np.int32)), slot.astype(ms.int32)).reshape((1, 1, -1, 1))
-    return ops.where(here, new.astype(past.dtype), past)
+    # A scatter writes one slot; a choice by mask would pass over all of them, ten times slower on CPU.
+    b, k = new.shape[:2]
+    heads = Tensor(np.stack(np.indices((b, k, 1), dtype=np.int32)[:2], -1))  # (B, K, 1, 2)
+    places = ops.cat((heads, ops.broadcast_to(slot.astype(ms.int32).reshape((1, 1, 1, 1)), (b, k, 1, 1))), -1)
+    return _scatter(past, places, new.astype(past.dtype))
 
 
 def causal_mask(

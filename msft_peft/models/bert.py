@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from msft_peft.models.attention import attend, padding_mask, remember
+from msft_peft.models.attention import attend, heads_first, padding_mask, remember
 from msft_peft.models.config import BertConfig
 from msft_peft.models.layers import Embedding, LayerNorm, activation, check_length, linear, tanh
 from msft_peft.models.losses import answer_loss, classification_loss, cross_entropy
@@ -46,7 +46,7 @@ class BertSelfAttention(nn.Cell):
     def __init__(self, config: BertConfig):
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
-        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = width // config.num_attention_heads
         self.query = linear(width, width, True, std)
         self.key = linear(width, width, True, std)
         self.value = linear(width, width, True, std)
@@ -54,11 +54,8 @@ class BertSelfAttention(nn.Cell):
 
     def construct(self, x, mask, past):
         """Attend from `x` (B, T, H) to itself, and to a prefix `past` of keys and values (B, N, P, D)."""
-        b, t, h = x.shape
-        heads = (b, t, self.num_attention_heads, h // self.num_attention_heads)
-        q = self.query(x).reshape(heads).swapaxes(1, 2)  # (B, N, T, D)
-        k = self.key(x).reshape(heads).swapaxes(1, 2)
-        v = self.value(x).reshape(heads).swapaxes(1, 2)
+        q = heads_first(self.query(x), self.head_dim)  # (B, N, T, D)
+        k, v = heads_first(self.key(x), self.head_dim), heads_first(self.value(x), self.head_dim)
         if past is not None:
             k, v = remember(past[0], k, None), remember(past[1], v, None)
         return attend(q, k, v, mask, self.dropout if self.training else 0.0)

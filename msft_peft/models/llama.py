@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from msft_peft.models.attention import attend, causal_mask, remember
+from msft_peft.models.attention import attend, causal_mask, heads_first, remember
 from msft_peft.models.config import DecoderConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from msft_peft.models.layers import Embedding, RMSNorm, activation, linear
@@ -49,16 +49,23 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, turn: tuple[Tensor, ...]) -> Tensor:
     """Turn each pair (x_i, x_{i+D/2}) by its position's angle (Su et al. 2021, arXiv:2104.09864).
 
     Args:
         x: (B, N, T, D).
-        cos: (B, N, T, D), the cosines of the D/2 angles, twice.
-        sin: the same for the sines, the first half negated.
+        turn: (cos, sin), each (B, N or more, T, D): the cosines of the D/2 angles, twice, and the sines, the first
+            half negated; or, for a single token, the rotation itself, (B, D, D), which is one product in place of
+            five passes.
     """
+    if len(turn) == 1:
+        return _product(x.squeeze(2), turn[0]).expand_dims(2)
+    cos, sin = turn[0][:, : x.shape[1]], turn[1][:, : x.shape[1]]
     first, second = ops.split(x, x.shape[-1] // 2, -1)
     return x * cos + ops.cat((second, first), -1) * sin
+
+
+_product = ops.BatchMatMul()
 
 
 class LlamaAttention(nn.Cell):
@@ -81,16 +88,14 @@ class LlamaAttention(nn.Cell):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.dropout = config.attention_dropout
 
-    def construct(self, x, cos, sin, mask, past=None, slot=None):
+    def construct(self, x, turn, mask, past=None, slot=None):
         """Attend from `x` (B, T, H) to itself and to `past`; return (B, T, H) and all keys and values."""
-        b, t, _ = x.shape
-        q = self.q_proj(x).reshape((b, t, -1, self.head_dim))  # (B, T, N, D)
-        k = self.k_proj(x).reshape((b, t, -1, self.head_dim))  # (B, T, K, D)
-        v = self.v_proj(x).reshape((b, t, -1, self.head_dim)).swapaxes(1, 2)  # (B, K, T, D)
+        q = heads_first(self.q_proj(x), self.head_dim)  # (B, N, T, D)
+        k = heads_first(self.k_proj(x), self.head_dim)  # (B, K, T, D)
+        v = heads_first(self.v_proj(x), self.head_dim)
         if self.has_norms:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.swapaxes(1, 2), cos, sin)
-        k = rotate(k.swapaxes(1, 2), cos[:, : k.shape[2]], sin[:, : k.shape[2]])
+        q, k = rotate(q, turn), rotate(k, turn)
         if past is not None:
             k, v = remember(past[0], k, slot), remember(past[1], v, slot)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
@@ -125,10 +130,10 @@ class LlamaDecoderLayer(nn.Cell):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def construct(self, x, cos, sin, mask, windowed, past=None, slot=None):
+    def construct(self, x, turn, mask, windowed, past=None, slot=None):
         """Map (B, T, H) to (B, T, H); also return all keys and values."""
         mask = mask if self.window is None else windowed
-        y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slot)
+        y, k, v = self.self_attn(self.input_layernorm(x), turn, mask, past, slot)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
@@ -158,15 +163,22 @@ class LlamaModel(Decoder):
         self.update_parameters_name()
 
     def enter(self, x, slots, length, position_ids, attention_mask):
-        """Add nothing to `x`; all blocks share cosines, sines, and the masks without and with the window."""
+        """Add nothing to `x`; all blocks share the rotation, and the masks without and with the window."""
+        b, t, _ = x.shape
         angles = position_ids.astype(ms.float32).expand_dims(-1) * self.inverse_frequencies  # (1 or B, T, D/2)
         cos, sin = ops.cos(angles).astype(x.dtype), ops.sin(angles).astype(x.dtype)
-        shape = (x.shape[0], self.num_heads, x.shape[1], 2 * cos.shape[-1])
-        cos = ops.broadcast_to(ops.cat((cos, cos), -1).expand_dims(1), shape)
-        sin = ops.broadcast_to(ops.cat((-sin, sin), -1).expand_dims(1), shape)
+        cos, sin = ops.cat((cos, cos), -1), ops.cat((-sin, sin), -1)
+        d = cos.shape[-1]
+        if t == 1:
+            eye = Tensor(np.eye(d, dtype=np.float32)).astype(x.dtype)
+            halves_swapped = Tensor(np.roll(np.eye(d, dtype=np.float32), d // 2, axis=1)).astype(x.dtype)
+            turn = (ops.broadcast_to(eye * cos + halves_swapped * sin, (b, d, d)),)
+        else:
+            shape = (b, self.num_heads, t, d)
+            turn = (ops.broadcast_to(cos.expand_dims(1), shape), ops.broadcast_to(sin.expand_dims(1), shape))
         mask = causal_mask(slots, length, attention_mask)
         windowed = mask if self.window is None else causal_mask(slots, length, attention_mask, self.window)
-        return x, (cos, sin, mask, windowed)
+        return x, (turn, mask, windowed)
 
     def leave(self, x):
         """Norm."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from msft_peft.models.attention import attend, causal_mask, counted, remember
+from msft_peft.models.attention import attend, causal_mask, counted, heads_first, remember
 from msft_peft.models.config import OPTConfig
 from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier
 from msft_peft.models.layers import Embedding, LayerNorm, activation, check_length, linear
@@ -43,7 +43,7 @@ class OPTAttention(nn.Cell):
     def __init__(self, config: OPTConfig):
         super().__init__()
         width, bias, std = config.hidden_size, config.enable_bias, config.init_std
-        self.num_heads = config.num_attention_heads
+        self.head_dim = width // config.num_attention_heads
         self.k_proj = linear(width, width, bias, std)
         self.v_proj = linear(width, width, bias, std)
         self.q_proj = linear(width, width, bias, std)
@@ -53,11 +53,8 @@ class OPTAttention(nn.Cell):
 
     def construct(self, x, mask, past=None, slot=None):
         """Attend from `x` (B, T, H) to itself and to `past`; return (B, T, H) and all keys and values."""
-        b, t, h = x.shape
-        heads = (b, t, self.num_heads, h // self.num_heads)
-        q = self.q_proj(x).reshape(heads).swapaxes(1, 2)  # (B, N, T, D)
-        k = self.k_proj(x).reshape(heads).swapaxes(1, 2)
-        v = self.v_proj(x).reshape(heads).swapaxes(1, 2)
+        q = heads_first(self.q_proj(x), self.head_dim)  # (B, N, T, D)
+        k, v = heads_first(self.k_proj(x), self.head_dim), heads_first(self.v_proj(x), self.head_dim)
         if past is not None:
             k, v = remember(past[0], k, slot), remember(past[1], v, slot)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)

@@ -27,7 +27,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from msft_peft.models.attention import attend, causal_mask, padding_mask, remember
+from msft_peft.models.attention import attend, causal_mask, heads_first, padding_mask, remember
 from msft_peft.models.config import MT5Config, T5Config
 from msft_peft.models.generation import Seq2SeqModel
 from msft_peft.models.layers import Embedding, RMSNorm, activation, linear, tanh
@@ -82,13 +82,13 @@ class T5Attention(nn.Cell):
 
     def keys_values(self, x):
         """Return keys and values (B, N, S, D) of `x` (B, S, H)."""
-        heads = (x.shape[0], x.shape[1], -1, self.head_dim)
-        return self.k(x).reshape(heads).swapaxes(1, 2), self.v(x).reshape(heads).swapaxes(1, 2)
+        return heads_first(self.k(x), self.head_dim), heads_first(self.v(x), self.head_dim)
 
     def construct(self, x, k, v, mask):
         """Attend from `x` (B, T, H) to keys and values (B, N, S, D)."""
-        q = self.q(x).reshape((x.shape[0], x.shape[1], -1, self.head_dim)).swapaxes(1, 2)  # (B, N, T, D)
-        return self.o(attend(q, k, v, mask, self.dropout if self.training else 0.0, 1.0))
+        return self.o(
+            attend(heads_first(self.q(x), self.head_dim), k, v, mask, self.dropout if self.training else 0.0, 1.0)
+        )
 
 
 class T5LayerSelfAttention(nn.Cell):

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore import nn
+from safetensors.numpy import load_file
 
 from msft_peft import LoraConfig, PeftError, PeftModel, get_peft_model, models
 from tests import nets
 from tests.models import tiny
+from tests.unit.test_torch_pickle import Stored, legacy_file, tensor, zip_file
 
 ROUNDS = 30
 CONFIG, WEIGHTS, CKPT = "adapter_config.json", "adapter_model.safetensors", "adapter_model.ckpt"
+PICKLES = ("adapter_model.bin", "adapter_model.bin, legacy")  # torch has two formats of one name
 # What may come out: our own errors, and the built-in ones that say a file is missing or of something not built.
 EXPECTED = (PeftError, FileNotFoundError, NotImplementedError)
 
@@ -47,32 +51,47 @@ def noise(data: bytes, rng: random.Random) -> bytes:
     return rng.randbytes(rng.randrange(0, 300))
 
 
+def load(base: nn.Cell, folder: Path) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(base, folder)
+
+
 MUTATIONS = [flip, flip_head, cut, repeat, noise]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A good adapter's files."""
+    """A good adapter's files; the two of torch under names that say which is which."""
     folder = tmp_path_factory.mktemp("adapter")
     get_peft_model(nets.Blocks(), LoraConfig(r=2, target_modules=["q"])).save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arrays = load_file(folder / WEIGHTS)
+    numbers, place, state = b"".join(array.tobytes() for array in arrays.values()), 0, {}
+    for key, array in arrays.items():
+        storage = Stored(numel=len(numbers) // 4)
+        state[key] = tensor(storage, place, array.shape, tuple(stride // 4 for stride in array.strides))
+        place += array.size
+    zip_file(folder / "zip", state, numbers)
+    legacy_file(folder / "legacy", state, numbers, len(numbers) // 4)
+    pickles = zip(PICKLES, [(folder / "zip").read_bytes(), (folder / "legacy").read_bytes()])
+    return files | dict(pickles)
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda function: function.__name__)
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, CKPT])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, CKPT, *PICKLES])
 def test_adapters(name: str, mutate: Callable[[bytes, random.Random], bytes], whole: dict[str, bytes], tmp_path: Path):
     rng = random.Random(f"{name}{mutate.__name__}")
     base = nets.Blocks()
     before = {p.name: p.asnumpy().copy() for p in base.get_parameters()}
     for kept in {CONFIG, name if name != CONFIG else WEIGHTS}:
-        (tmp_path / kept).write_bytes(whole[kept])
+        (tmp_path / kept.split(",")[0]).write_bytes(whole[kept])
+    assert load(base, tmp_path).unload() is base  # as it is, it loads
     for _ in range(ROUNDS):
         data = mutate(whole[name], rng)
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / name.split(",")[0]).write_bytes(data)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = PeftModel.from_pretrained(base, tmp_path)
+            model = load(base, tmp_path)
         except EXPECTED:
             pass
         else:
@@ -107,9 +126,7 @@ def test_configs_of_every_shape(whole: dict[str, bytes], tmp_path: Path):
         for value in (None, True, -1, 1e400, "x", ["x"], [1], {"x": 1}, [[]]):
             (tmp_path / CONFIG).write_text(json.dumps({**fields, field: value}))
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    PeftModel.from_pretrained(nets.Blocks(), tmp_path)
+                load(nets.Blocks(), tmp_path)
             except EXPECTED:
                 pass
             except Exception as error:

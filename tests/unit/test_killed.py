@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,16 @@ def test_what_was_left_is_saved_over(tmp_path: Path):
     assert which(tmp_path / "one") == 3
 
 
+def test_what_killed_processes_left_goes_after_a_day(tmp_path: Path):
+    ages = {".msft_peft-old": 25 * 3600, ".msft_peft-young": 3600}
+    for name, age in ages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"half of i")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    adapted(1).save_pretrained(tmp_path)
+    assert [name for name in ages if (tmp_path / name).exists()] == [".msft_peft-young"]
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapted(1).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -118,6 +129,36 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(OSError, match="No space left"):
                 model.save_pretrained(tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs the rights of Unix")
+def test_a_folder_that_may_only_be_read(tmp_path: Path):
+    folder = tmp_path / "adapter"
+    adapted(1).save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model, root = adapted(2), os.geteuid() == 0
+    for path in [folder, *folder.iterdir()]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for parent in [tmp_path, *tmp_path.parents][:3] if root else []:
+        parent.chmod(0o755)  # pytest's folders are its user's alone
+    if root:
+        os.seteuid(65534)  # nobody: root may write everywhere
+    try:
+        with pytest.raises(PermissionError, match="adapter"):
+            model.save_pretrained(folder)
+        # It still loads, also where an earlier process left a finished set of files to be moved.
+        values = {
+            float(x)
+            for p in PeftModel.from_pretrained(nets.Blocks(), folder).get_parameters()
+            if "lora_" in p.name
+            for x in p.asnumpy().ravel()
+        }
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+    assert values == {1.0}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_two_processes_saving_at_once(tmp_path: Path):
