@@ -43,7 +43,7 @@ def prefix_to_hf(arrays: Arrays, given: dict[str, Any], names: NameMap) -> tuple
     if any(_LAYER.fullmatch(name) for name in arrays):
         table, layers = _of_layers(arrays, given)
     else:
-        table, layers = _of_encoder(arrays), given.get("num_layers")
+        table, layers = _of_encoder(arrays), given.get("num_layers", 0)
     heads = given.get("num_attention_heads")
     if not layers or not heads or table.shape[1] % (2 * layers * heads):
         raise ConfigError(

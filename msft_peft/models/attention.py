@@ -103,7 +103,7 @@ def remember(past: Tensor, new: Tensor, slot: Tensor | None) -> Tensor:
         return ops.cat((past.astype(new.dtype), new), 2)
     # A scatter writes one slot; a choice by mask would pass over all of them, ten times slower on CPU.
     b, k = new.shape[:2]
-    heads = Tensor(np.stack(np.indices((b, k, 1), dtype=np.int32)[:2], -1))  # (B, K, 1, 2)
+    heads = Tensor(np.argwhere(np.ones((b, k))).reshape((b, k, 1, 2)).astype(np.int32))  # (B, K, 1, 2)
     places = ops.cat((heads, ops.broadcast_to(slot.astype(ms.int32).reshape((1, 1, 1, 1)), (b, k, 1, 1))), -1)
     return _scatter(past, places, new.astype(past.dtype))
 

@@ -172,7 +172,7 @@ class LlamaModel(Decoder):
         if t == 1:
             eye = Tensor(np.eye(d, dtype=np.float32)).astype(x.dtype)
             halves_swapped = Tensor(np.roll(np.eye(d, dtype=np.float32), d // 2, axis=1)).astype(x.dtype)
-            turn = (ops.broadcast_to(eye * cos + halves_swapped * sin, (b, d, d)),)
+            turn: tuple[Tensor, ...] = (ops.broadcast_to(eye * cos + halves_swapped * sin, (b, d, d)),)
         else:
             shape = (b, self.num_heads, t, d)
             turn = (ops.broadcast_to(cos.expand_dims(1), shape), ops.broadcast_to(sin.expand_dims(1), shape))
