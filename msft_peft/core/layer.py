@@ -102,6 +102,11 @@ def fixed_in(cell: nn.Cell) -> list[Parameter]:
     return [getattr(cell, attribute) for attribute in getattr(cell, "fixed", ())]
 
 
+def buffers_in(cell: nn.Cell) -> list[Parameter]:
+    """Those of them that HF does not count among the parameters."""
+    return [getattr(cell, attribute) for attribute in getattr(cell, "buffers", ())]
+
+
 class TunerLayer(Wrapper):
     """A base layer and the Patches on it: y = activation(after(x, base(before(x)))) over the active adapters.
 

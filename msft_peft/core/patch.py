@@ -33,6 +33,7 @@ class Patch(nn.Cell):
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
         fixed: attributes of weights that are kept in files, but never trained.
+        buffers: those of them that are no parameters in HF, and are not counted among them.
         invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
         casts_input: inputs are cast to the dtype of its weights.
     """
@@ -53,6 +54,7 @@ class Patch(nn.Cell):
         self.site, self.op, self.undrawn = site, site.op, low_cpu_mem_usage
         self.keys: dict[str, str] = {}
         self.fixed: set[str] = set()
+        self.buffers: set[str] = set()
         # Half-precision adapters lose small updates, so they are kept in float32 unless told otherwise.
         halves = HALF_DTYPES if autocast else ()
         self.dtype = ms.float32 if site.dtype in halves or site.dtype not in FLOAT_DTYPES else site.dtype
@@ -69,6 +71,7 @@ class Patch(nn.Cell):
         init: str | Initializer | np.ndarray,
         attribute: str | None = None,
         fixed: bool = False,
+        buffer: bool = False,
     ) -> Parameter:
         """A new weight, under `key` in checkpoint files ("lora_A.weight").
 
@@ -78,11 +81,14 @@ class Patch(nn.Cell):
             init: how to draw it, or its values.
             attribute: the attribute that holds it; by default named after the key, lora_A or lora_B_bias.
             fixed: it is never trained.
+            buffer: nor is it a parameter in HF.
         """
         attribute = attribute or key.removesuffix(".weight").replace(".", "_")
         self.keys[attribute] = key
-        if fixed:
+        if fixed or buffer:
             self.fixed.add(attribute)
+        if buffer:
+            self.buffers.add(attribute)
         if isinstance(init, np.ndarray):
             values = Tensor(init, self.dtype)
         elif self.undrawn:
@@ -90,7 +96,7 @@ class Patch(nn.Cell):
             values = Tensor(np.full(shape, np.nan, np.float32), self.dtype)
         else:
             values = initializer(init, shape, self.dtype)
-        return Parameter(values, name=attribute, requires_grad=not fixed)
+        return Parameter(values, name=attribute, requires_grad=attribute not in self.fixed)
 
     def shape_of(self, attribute: str) -> tuple[int, ...]:
         """The shape of a weight in files: its own, unless it is stored padded."""

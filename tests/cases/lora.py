@@ -86,6 +86,8 @@ CASES = (
     Case("tokens", nets.Embedding, lora(["lin"], trainable_token_indices={"emb": [3, 1]}), ("emb", "lin"), life=True),
     Case("pissa", nets.Dense, lora(["lin0"], init_lora_weights="pissa"), ("lin0",), residual=True),
     Case("orthogonal", nets.Dense, lora(["lin0", "lin1"], init_lora_weights="orthogonal"), ("lin0", "lin1")),
+    Case("mica", nets.Dense, lora(["lin0", "lin1"], init_lora_weights="mica"), ("lin0", "lin1"), life=True),
+    Case("mica-embedding", nets.Embedding, lora(["emb"], init_lora_weights="mica"), ("emb",)),
     Case("tied", nets.Tied, lora(["lin"]), ("lin",)),
     Case("float16", partial(nets.Dense, ms.float16), lora(["lin0", "lin1"]), ("lin0", "lin1")),
     Case("float16-embedding", partial(nets.Embedding, ms.float16), lora(["emb"]), ("emb",)),

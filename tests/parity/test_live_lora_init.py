@@ -131,6 +131,17 @@ def test_randomised_pissa_finds_the_same_subspace():
         np.testing.assert_allclose(b2 @ a2, b @ a, atol=1e-3, err_msg=name)
 
 
+def test_mica_begins_with_the_same_outputs_and_trains_the_same_weights():
+    hf, mine = both("mica")
+    for (_, a, b, base, _), (name, a2, b2, base2, _) in zip(layers(hf), layers(mine), strict=True):
+        # Singular vectors are unique up to their signs.
+        np.testing.assert_allclose(b2 @ b2.T, b @ b.T, atol=2e-5, err_msg=name)
+        assert not a.any()
+        assert not a2.any()
+        np.testing.assert_array_equal(base2, base)
+    assert {p.name for p in mine.trainable_params()} == {n for n, p in hf.named_parameters() if p.requires_grad}
+
+
 def test_orthogonal_has_the_same_statistics():
     a, b = [], []
     for seed in range(30):

@@ -237,12 +237,6 @@ def test_what_is_not_built_is_refused_on_a_model_and_not_before(name: str):
     assert state_of(base) == before
 
 
-def test_the_init_that_is_not_built():
-    config = LoraConfig(target_modules=["lin0"], init_lora_weights="mica")
-    with pytest.raises(NotImplementedError, match=r"LoraConfig\.init_lora_weights='mica' is not built yet"):
-        get_peft_model(nets.Dense(), config)
-
-
 def test_the_runtime_option_that_is_not_built():
     config = LoraConfig(target_modules=["lin0"], runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
     with pytest.raises(NotImplementedError, match=r"LoraConfig\.runtime_config"):

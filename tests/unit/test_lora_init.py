@@ -93,6 +93,26 @@ def test_randomised_pissa_nears_the_best_approximation_with_its_iterations(shape
     assert np.array_equal(again.a, inits.pissa(w, 4, 2.0, 4).a)
 
 
+def test_mica_writes_where_the_weight_does_least():
+    w = weight(12, 8)
+    start = inits.mica(w, 3)
+    np.testing.assert_allclose(start.b.T @ start.b, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(w.T @ start.b, axis=0), np.linalg.svd(w)[1][-3:], rtol=1e-5)
+    assert not start.a.any()
+    assert not start.residual
+
+
+def test_mica_decomposes_nothing_where_its_factors_are_about_to_be_loaded(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an SVD for nothing")
+
+    monkeypatch.setattr(inits, "mica", refuse)
+    model = get_peft_model(
+        dense(), LoraConfig(target_modules=TARGETS, init_lora_weights="mica"), low_cpu_mem_usage=True
+    )
+    assert all(np.isnan(array(p)).all() for p in weights_of(model, "default"))
+
+
 def test_svd_lowrank_is_exact_where_the_rank_is_low():
     w = weight(20, 3) @ weight(3, 15, seed=1)
     u, s, vt = inits.svd_lowrank(w, 3, 1)

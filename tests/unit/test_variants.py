@@ -67,6 +67,25 @@ Q = {"target_modules": ["q_proj"], "r": 2}
 
 REFUSED = {
     "dora and alora": (llama, {"use_dora": True, "alora_invocation_tokens": [1]}, ConfigError, "variant combination"),
+    "dora and mica": (
+        llama,
+        {"use_dora": True, "init_lora_weights": "mica"},
+        ConfigError,
+        "combination: dora and mica",
+    ),
+    "mica: no such layer": (
+        lambda: nets.Conv(2),
+        {"init_lora_weights": "mica", "target_modules": ["conv"]},
+        ConfigError,
+        r"supported by LORA \(mica\): \['dense', 'embedding'\]",
+    ),
+    "mica: rank": (llama, {"init_lora_weights": "mica", "r": 9}, ConfigError, "at most min.*r=9"),
+    "mica: a parameter": (
+        Mixture,
+        {"init_lora_weights": "mica", "target_parameters": ["first"], "target_modules": []},
+        ConfigError,
+        "does not work with variant='mica'",
+    ),
     "alora: no tokens": (llama, {"alora_invocation_tokens": []}, ConfigError, "an empty list"),
     "alora: no dense layer": (
         llama,

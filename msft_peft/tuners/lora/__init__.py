@@ -40,6 +40,7 @@ METHOD = Method(
     variants={
         "dora": {"dense": DoraPatch, "embedding": DoraEmbeddingPatch} | dict.fromkeys(_CONVOLUTIONS, DoraPatch),
         "alora": {"dense": LoraPatch},
+        "mica": {"dense": LoraPatch, "embedding": LoraEmbeddingPatch},
     },
     default_targets=USUAL,
     mixed=True,

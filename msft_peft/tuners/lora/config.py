@@ -16,10 +16,21 @@ from msft_peft.config import (
 )
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from msft_peft.tuners.lora.variant_config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
-VARIANTS = ("", "dora", "alora")
-SUB_CONFIGS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
+# Of these a config can have one.
+VARIANTS = ("dora", "alora", "mica", "kasa", "bdlora", "velora", "monteclora", "arrow")
+SUB_CONFIGS = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "kasa_config": KasaConfig,
+    "use_bdlora": BdLoraConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "arrow_config": ArrowConfig,
+}
 
 
 @dataclass
@@ -62,13 +73,13 @@ class LoraConfig(TargetedConfig):
             model is the base model, whose key/value cache it may share (activated LoRA; dense layers only).
         init_lora_weights: True (A He-uniform with a = √5, B zero), "gaussian" (A ~ N(0, 1/r), B zero), False (both
             drawn as True draws A: the adapter changes the output at once), or one that starts from the base weight or
-            from data: "orthogonal", "olora", "pissa", "pissa_niter_<n>", "loftq", "corda", "eva", "lora_ga"; see
-            docs/initialisation.md.
+            from data: "orthogonal", "olora", "pissa", "pissa_niter_<n>", "loftq", "corda", "eva", "lora_ga", "mica";
+            see docs/initialisation.md.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these, as objects or dicts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     The other fields are HF's. Some are for options that are not built yet: velora_config, monteclora_config,
-    use_bdlora, arrow_config, kasa_config, and init_lora_weights="mica". Some are for what MindSpore does not have:
+    use_bdlora, arrow_config, kasa_config. Some are for what MindSpore does not have:
     megatron_config and megatron_core, use_qalora and qalora_group_size, runtime_config.
 
     Raises:
@@ -127,7 +138,7 @@ class LoraConfig(TargetedConfig):
             raise ConfigError(f"lora_bias=True needs init_lora_weights=True or False, got {self.init_lora_weights!r}")
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias=True is not supported for DoRA, please pass use_dora=False")
-        if self.variant not in VARIANTS:
+        if self.variant and self.variant not in VARIANTS:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variant}")
         self._check_invocation()
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
@@ -175,19 +186,19 @@ class LoraConfig(TargetedConfig):
         """Sub-configs as objects, whether they come as such, as dicts from a file, or not at all."""
         if isinstance(self.loftq_config, LoftQConfig):
             self.loftq_config = dataclasses.asdict(self.loftq_config)  # HF keeps this one as a dict
-        for init, kind in SUB_CONFIGS.items():
-            name = f"{init}_config"
+        for name, kind in SUB_CONFIGS.items():
             value = getattr(self, name)
-            if value is None and init == self.init and init != "lora_ga":
-                title = {"eva": "EVA", "corda": "CorDA"}[init]
+            title = {"eva_config": "EVA", "corda_config": "CorDA"}.get(name)
+            if value is None and title and name == f"{self.init}_config":
                 warnings.warn(
-                    f"`init_lora_weights` is '{init}' but `{name}` is not specified. Using default {title} config.",
+                    f"`init_lora_weights` is '{self.init}' but `{name}` is not specified. Using default {title} "
+                    "config.",
                     PeftWarning,
                     stacklevel=5,
                 )
                 setattr(self, name, kind())
             elif isinstance(value, Mapping):
-                setattr(self, name, kind(**value))
+                setattr(self, name, _made(kind, value))
             elif value is not None and not isinstance(value, kind):
                 raise ConfigError(f"`{name}` must be a {kind.__name__} or a dict, got {type(value).__name__}")
 
@@ -199,12 +210,19 @@ class LoraConfig(TargetedConfig):
     @property
     def variant(self) -> str:
         """The variant of LoRA whose Patches are asked for; "" for plain LoRA."""
-        chosen = {"dora": self.use_dora, "alora": self.alora_invocation_tokens is not None}
+        chosen = {
+            "dora": self.use_dora,
+            "alora": self.alora_invocation_tokens is not None,
+            "mica": self.init == "mica",
+            "kasa": self.kasa_config is not None,
+            "bdlora": self.use_bdlora is not None,
+            "velora": self.velora_config is not None,
+            "monteclora": self.monteclora_config is not None,
+            "arrow": self.arrow_config is not None,
+        }
         return " and ".join(name for name, asked in chosen.items() if asked)
 
     def require_built(self) -> None:
-        if self.init == "mica":
-            raise NotImplementedError(f"LoraConfig.init_lora_weights={self.init_lora_weights!r} is not built yet")
         for f in dataclasses.fields(self):
             if f.name in _NOT_BUILT:
                 default = f.default_factory() if callable(f.default_factory) else f.default
@@ -213,6 +231,15 @@ class LoraConfig(TargetedConfig):
                     raise NotImplementedError(
                         f"LoraConfig.{f.name}={value!r} {_NOT_BUILT[f.name]}: leave it at {default!r}"
                     )
+
+
+def _made(kind: type, fields: Mapping[str, Any]) -> Any:
+    """A sub-config from a file's fields, among them those that are no arguments of its class."""
+    late = {f.name for f in dataclasses.fields(kind) if not f.init}
+    found = kind(**{name: value for name, value in fields.items() if name not in late})
+    for name in late & fields.keys():
+        setattr(found, name, fields[name])
+    return found
 
 
 _LATER = "is not built yet"

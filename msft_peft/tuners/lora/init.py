@@ -266,6 +266,17 @@ def lora_ga(w: np.ndarray, gradient: np.ndarray, r: int, scaling: float, config:
     return Start(a.astype(np.float32), b.astype(np.float32))
 
 
+def mica(w: np.ndarray, r: int) -> Start:
+    """A alone is trained, within the outputs that the weight uses least.
+
+    Formula: with W = U·S·Vᵀ, B is the last r columns of U, those of the smallest singular values, and A is zero.
+
+    Source: MiCA (Minor Component Adaptation), as in HF peft.
+    """
+    u = np.linalg.svd(w, full_matrices=False)[0]
+    return Start(np.zeros((r, w.shape[1]), np.float32), u[:, -r:], residual=False)
+
+
 def start_of(site: Site, config: LoraConfig, r: int, scaling: float) -> Start | None:
     """What the config's initialisation gives for a layer; None if it draws the factors, or the data come later (EVA).
 
@@ -279,8 +290,10 @@ def start_of(site: Site, config: LoraConfig, r: int, scaling: float) -> Start | 
     if init == "orthogonal":
         seed = np.random.randint(2**31 - 1)  # ms.set_seed sets numpy's seed too
         return orthogonal((site.out_features, site.in_features), r, np.random.default_rng(seed))
-    w = base_weight(site)
+    w = base_weight(site).T if site.kind == "embedding" else base_weight(site)
     _check_weight(w, r, site, init)
+    if init == "mica":
+        return mica(w, r)
     if init == "olora":
         return olora(w, r)
     if init == "loftq":
@@ -300,6 +313,8 @@ def base_weight(site: Site) -> np.ndarray:
 
 def _is_dense(site: Site, init: str) -> bool:
     """Whether the layer is linear; warns of an embedding or a bare parameter, and refuses convolutions."""
+    if init == "mica" and site.kind == "embedding":
+        return True
     if site.kind in ("embedding", "parameter"):
         article = "an" if site.kind == "embedding" else "a"
         warnings.warn(

@@ -22,7 +22,7 @@ class LoraParameterPatch(LoraPatch):
     """
 
     def setup(self, site: Site, config: LoraConfig) -> None:
-        for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens"):
+        for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "variant"):
             if getattr(config, name):
                 raise ConfigError(
                     f"target_parameters does not work with {name}={getattr(config, name)!r}: {site.path}"

@@ -17,7 +17,7 @@ from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, MergeError
 from msft_peft.hosts import Site
 from msft_peft.tuners.lora.config import LoraConfig
-from msft_peft.tuners.lora.init import GRADIENT, TITLES, base_weight, start_of
+from msft_peft.tuners.lora.init import GRADIENT, TITLES, Start, base_weight, start_of
 
 
 class LoraPatch(Patch):
@@ -45,10 +45,11 @@ class LoraPatch(Patch):
         kernel = site.shape[2:]
         shape_a = (self.r, site.in_features, *kernel)
         shape_b = (site.out_features, self.r // site.groups, *(1 for _ in kernel))
-        start = start_of(site, config, self.r, self.scaling)
+        start = self.start(site, config)
         init_b: Initializer | str = "zeros" if config.init else he_uniform()
         self.lora_A = self.weight("lora_A.weight", shape_a, start.a if start else self.init_of_a(config))
-        self.lora_B = self.weight("lora_B.weight", shape_b, start.b if start else init_b)
+        frozen = config.init == "mica"
+        self.lora_B = self.weight("lora_B.weight", shape_b, start.b if start else init_b, fixed=frozen)
         if start and start.residual:
             self.residual, self.title = True, TITLES[str(config.init).partition("_niter")[0]]
             if start.kept is not None:
@@ -72,6 +73,12 @@ class LoraPatch(Patch):
         r = match_pattern(config.rank_pattern, self.name_in_patterns, config.r)
         alpha = match_pattern(config.alpha_pattern, self.name_in_patterns, config.lora_alpha)
         return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+    def start(self, site: Site, config: LoraConfig) -> Start | None:
+        """What the initialisation takes from the base weight, or None."""
+        # An SVD of each layer for nothing, where the factors are about to be loaded and the base is left alone.
+        loaded = self.undrawn and config.init == "mica"
+        return None if loaded else start_of(site, config, self.r, self.scaling)
 
     @property
     def name_in_patterns(self) -> str:
@@ -210,14 +217,15 @@ class LoraEmbeddingPatch(LoraPatch):
 
     def setup(self, site: Site, config: LoraConfig) -> None:
         self.hyperparameters(site, config)
-        start_of(site, config, self.r, self.scaling)  # says what it does not do here
+        start = self.start(site, config)
         if config.lora_bias:
             raise ConfigError(f"lora_bias=True is not supported for Embedding: {site.path} is one.")
         self.has_bias = False
         vocabulary, dim = site.shape
         init_a = "zeros" if config.init else Normal(1.0)
+        init_b, frozen = start.b if start else Normal(1.0), config.init == "mica"
         self.lora_embedding_A = self.weight("lora_embedding_A", (self.r, vocabulary), init_a)
-        self.lora_embedding_B = self.weight("lora_embedding_B", (dim, self.r), Normal(1.0))
+        self.lora_embedding_B = self.weight("lora_embedding_B", (dim, self.r), init_b, fixed=frozen)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return ops.add(y, self.update(x))
