@@ -549,9 +549,10 @@ def _check_residual(model: nn.Cell, name: str, patches: dict[str, Patch]) -> Non
     """
     layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer)]
     mine = {patch.title for patch in patches.values() if patch.residual}
-    others = {layer.adapters[key].title for layer in layers for key in layer.given if key != name}
-    if mine and any(key != name for key in configs_of(model)):
-        others |= mine
+    given = [layer.adapters[key] for layer in layers for key in layer.given if key != name]
+    others = {patch.title for patch in given if patch.alone}
+    if any(key != name for key in configs_of(model)):
+        others |= {patch.title for patch in patches.values() if patch.residual and patch.alone}
     for title in sorted(others):
         warnings.warn(
             f"{title} changes the base weights of the model and should thus not be used with other adapters. Consider "

@@ -268,6 +268,8 @@ class TunerLayer(Wrapper):
         if name in self.given:
             self.give_back(name)
             del self.given[name]
+            for other in self.given:
+                self._write_weight(self.adapters[other].retaken(self._full_weight()))
         patch = self.adapters._cells.pop(name)
         for place in {place_of(key)[0] for key in patch.keys.values() if not patch.rides}:
             self.views[place].drop(name)
@@ -455,7 +457,7 @@ class TunerLayer(Wrapper):
         """Whether what the adapter does here is to add to a weight that a low-rank product can be added to."""
         patch = self.held().get(adapter_name)
         fits = self.site.groups == 1 and self.site.kind != "parameter"
-        return fits and isinstance(patch, Patch) and patch.additive and patch.invocation is None
+        return fits and isinstance(patch, Patch) and patch.additive and patch.alone and patch.invocation is None
 
     def __getattr__(self, name: str) -> Any:
         """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name."""

@@ -27,6 +27,7 @@ class Patch(nn.Cell):
         keys: attribute of each weight -> its key in HF's files, below the layer's path.
         residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
             is given back when the adapter is taken out.
+        alone: where it is `residual`: it goes with no other adapter, and a warning says so.
         auxiliary: it is no update of a target layer, but something beside those.
         reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
         reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are not asked.
@@ -39,6 +40,7 @@ class Patch(nn.Cell):
     """
 
     residual = False
+    alone = True
     auxiliary = False
     reads_base = False
     rides = False
@@ -191,6 +193,10 @@ class Patch(nn.Cell):
     def regained(self, w: Tensor, given: Mapping[str, np.ndarray]) -> Tensor:
         """The base weight once a `residual` adapter is taken out: w and what it gave up; `given` was the fresh one."""
         return w + self.delta_of(given)
+
+    def retaken(self, w: Tensor) -> Tensor:
+        """The base weight once another `residual` adapter has given back to it, while this one stays."""
+        return w
 
     def check_mergeable(self) -> None:
         """Raise `MergeError` if this Patch cannot be merged where it sits."""

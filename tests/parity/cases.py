@@ -107,6 +107,8 @@ CASES = {
         case("dora_conv2d", "conv2d", "conv0", use_dora=True),
         case("dora_conv3d", "conv3d", "conv0", use_dora=True),
         case("dora_hf_conv1d", "gpt2", "c_attn", "c_proj", use_dora=True, fan_in_fan_out=True),
+        case("kasa", "mlp", "lin0", "lin1", kasa_config={"beta": 0.01, "gamma": 0.02}, r=2, lora_dropout=0.5),
+        case("kasa_patterns", "blocks", "q_proj", "up", kasa_config={}, r=2, rank_pattern={"up": 3}, use_rslora=True),
         case("mica", "mlp", "lin0", "out", init_lora_weights="mica", r=2, lora_dropout=0.5),
         case("mica_embedding", "embedding", "emb", "lin", init_lora_weights="mica", r=2),
         case("mica_hf_conv1d", "gpt2", "c_attn", init_lora_weights="mica", fan_in_fan_out=True, use_rslora=True),

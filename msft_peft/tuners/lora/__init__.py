@@ -9,14 +9,19 @@ from msft_peft.tuners.lora.dora import DoraEmbeddingPatch, DoraPatch
 from msft_peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from msft_peft.tuners.lora.extras import extra_patches
 from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from msft_peft.tuners.lora.kasa import KasaPatch
 from msft_peft.tuners.lora.lora_ga import preprocess_loraga
 from msft_peft.tuners.lora.model import LoraModel
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
+from msft_peft.tuners.lora.variant_config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 __all__ = [
     "METHOD",
+    "ArrowConfig",
+    "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
+    "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraEmbeddingPatch",
@@ -24,6 +29,8 @@ __all__ = [
     "LoraModel",
     "LoraPatch",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "VeloraConfig",
     "convert_to_lora",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
@@ -40,6 +47,7 @@ METHOD = Method(
     variants={
         "dora": {"dense": DoraPatch, "embedding": DoraEmbeddingPatch} | dict.fromkeys(_CONVOLUTIONS, DoraPatch),
         "alora": {"dense": LoraPatch},
+        "kasa": {"dense": KasaPatch},
         "mica": {"dense": LoraPatch, "embedding": LoraEmbeddingPatch},
     },
     default_targets=USUAL,

@@ -75,11 +75,13 @@ class LoraConfig(TargetedConfig):
             drawn as True draws A: the adapter changes the output at once), or one that starts from the base weight or
             from data: "orthogonal", "olora", "pissa", "pissa_niter_<n>", "loftq", "corda", "eva", "lora_ga", "mica";
             see docs/initialisation.md.
+        kasa_config: take the r smallest singular components out of the base weight, and give the update singular
+            values of its own; see `kasa.py`. Dense layers only.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these, as objects or dicts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     The other fields are HF's. Some are for options that are not built yet: velora_config, monteclora_config,
-    use_bdlora, arrow_config, kasa_config. Some are for what MindSpore does not have:
+    use_bdlora, arrow_config. Some are for what MindSpore does not have:
     megatron_config and megatron_core, use_qalora and qalora_group_size, runtime_config.
 
     Raises:
@@ -251,5 +253,4 @@ _NOT_BUILT = {
     "monteclora_config": _LATER,
     "use_bdlora": _LATER,
     "arrow_config": _LATER,
-    "kasa_config": _LATER,
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from mindspore import nn
 
 from msft_peft.backend.tree import named_parameters
-from msft_peft.core.inject import held_ids
+from msft_peft.core.inject import configs_of, held_ids
 from msft_peft.core.layer import site_of
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import matches_name
@@ -46,11 +46,24 @@ def extra_patches(
         NoMatchingPeftModuleError: a name matches nothing.
         ConfigError: what is named is no place for them.
     """
+    _check_company(model, config)
     found = token_patches(model, config, cells, tied, autocast)
     found |= parameter_patches(model, config, autocast, low_cpu_mem_usage)
     if config.ensure_weight_tying and tied is not None and tied.paths & set(patches):
         found |= tied_patches(config, patches, tied, autocast, low_cpu_mem_usage)
     return found
+
+
+def _check_company(model: nn.Cell, config: LoraConfig) -> None:
+    """Raise ConfigError where KaSA and other adapters would stand on one model, whose weights KaSA cuts."""
+    kasa = config.kasa_config is not None
+    for name, other in configs_of(model).items():
+        if kasa is not (getattr(other, "kasa_config", None) is not None):
+            raise ConfigError(
+                "KaSA cannot be combined with adapters that don't use KaSA, since KaSA modifies the base weights: the "
+                f"new adapter {'uses' if kasa else 'does not use'} KaSA but adapter '{name}' "
+                f"{'does not' if kasa else 'does'}. Delete it or unload() first."
+            )
 
 
 def tied_patches(

@@ -26,7 +26,17 @@ from msft_peft.tuners.lora.patch import LoraPatch
 # What compiled code holds as constants, or the formula itself depends on.
 _EQUAL = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 # The same, for what HF does not look at.
-_CONSTANT = ("alora_invocation_tokens", "trainable_token_indices", "target_parameters", "layer_replication")
+_CONSTANT = (
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "kasa_config",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+)
 # Adapters that begin so belong to a base model whose weights were changed with them.
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

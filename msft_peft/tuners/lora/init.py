@@ -271,7 +271,7 @@ def mica(w: np.ndarray, r: int) -> Start:
 
     Formula: with W = U·S·Vᵀ, B is the last r columns of U, those of the smallest singular values, and A is zero.
 
-    Source: MiCA (Minor Component Adaptation), as in HF peft.
+    Source: MiCA, arXiv:2604.01694.
     """
     u = np.linalg.svd(w, full_matrices=False)[0]
     return Start(np.zeros((r, w.shape[1]), np.float32), u[:, -r:], residual=False)
@@ -291,7 +291,7 @@ def start_of(site: Site, config: LoraConfig, r: int, scaling: float) -> Start | 
         seed = np.random.randint(2**31 - 1)  # ms.set_seed sets numpy's seed too
         return orthogonal((site.out_features, site.in_features), r, np.random.default_rng(seed))
     w = base_weight(site).T if site.kind == "embedding" else base_weight(site)
-    _check_weight(w, r, site, init)
+    check_weight(w, r, site, f"init_lora_weights={init!r}")
     if init == "mica":
         return mica(w, r)
     if init == "olora":
@@ -332,14 +332,13 @@ def _is_dense(site: Site, init: str) -> bool:
     return True
 
 
-def _check_weight(w: np.ndarray, r: int, site: Site, init: str) -> None:
+def check_weight(w: np.ndarray, r: int, site: Site, what: str) -> None:
+    """Raise ConfigError if a weight that is to be decomposed has no SVD, or not so many components."""
     if not np.isfinite(w).all():
-        raise ConfigError(
-            f"The weight of {site.path} holds NaN or infinity: init_lora_weights={init!r} decomposes it."
-        )
+        raise ConfigError(f"The weight of {site.path} holds NaN or infinity: {what} decomposes it.")
     if r > min(w.shape):
         raise ConfigError(
-            f"init_lora_weights={init!r} has at most min(in_features, out_features) components, but r={r} for "
+            f"{what} has at most min(in_features, out_features) components, but r={r} for "
             f"{site.path} with weight {w.shape}. Choose a smaller r, or give the layer its own in rank_pattern."
         )
 

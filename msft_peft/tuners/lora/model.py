@@ -11,7 +11,7 @@ from mindspore import nn
 
 from msft_peft.backend.arrays import as_float32, to_numpy, write
 from msft_peft.backend.tree import names_prefix
-from msft_peft.core import inject
+from msft_peft.core import inject, switch
 from msft_peft.core.layer import copy_of
 from msft_peft.core.patch import Patch
 from msft_peft.core.tuner import Tuner
@@ -27,6 +27,9 @@ from msft_peft.tuners.lora.combine import (
 )
 from msft_peft.tuners.lora.config import LoraConfig
 from msft_peft.tuners.lora.exact import prepare_exactly
+from msft_peft.tuners.lora.kasa import KasaPatch
+from msft_peft.tuners.lora.patch import LoraPatch
+from msft_peft.tuners.lora.penalty import Penalty
 
 # The pairs of weights that are a product of two factors and nothing else.
 _FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -114,6 +117,29 @@ class LoraModel(Tuner):
         inject.attach(self.model, made)
         inject.settle(self, prefix)
 
+    def penalty(self, adapter_names: str | list[str] | None = None) -> Penalty:
+        """What KaSA and MonteCLoRA adapters add to the loss, as a Cell that is called where the loss is computed.
+
+        It works in compiled code too. It knows the adapters that it was made for, whatever becomes active later.
+
+        Args:
+            adapter_names: of which adapters; the active ones by default.
+
+        Raises:
+            AdapterNameError: there is no such adapter.
+        """
+        return Penalty(self._patches(KasaPatch, adapter_names), [])
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
+        """KaSA's part of `penalty`, under HF's name; for PyNative."""
+        return Penalty(self._patches(KasaPatch, adapter_names), [])()
+
+    def _patches(self, kind: type[LoraPatch], adapter_names: str | list[str] | None) -> list[LoraPatch]:
+        """The Patches of this kind that these adapters have, or the active ones."""
+        names = self.active_adapters if adapter_names is None else switch.require(self.model, adapter_names)
+        held = [layer.held()[name] for layer in switch.layers_of(self.model) for name in names if name in layer.held()]
+        return [patch for patch in held if isinstance(patch, kind)]
+
     def _named(self, adapters: list[str]) -> list[str]:
         if isinstance(adapters, str) or not adapters:
             raise AdapterNameError(f"`adapters` must be a list of the adapters to combine, got {adapters!r}")
@@ -148,11 +174,18 @@ def _factors_of(patch: Patch) -> tuple[str, str]:
         NotImplementedError: the Patch is more than a product of two factors, or acts on some tokens only.
     """
     for pair in _FACTORS:
-        if set(patch.keys) == set(pair) and patch.additive and patch.invocation is None and not patch.rides:
+        factored = isinstance(patch, LoraPatch) and patch.factored
+        if (
+            set(patch.keys) == set(pair)
+            and factored
+            and patch.additive
+            and patch.invocation is None
+            and not patch.rides
+        ):
             return pair
     raise NotImplementedError(
-        f"The adapter at {patch.site.path} is more than a product of two factors (DoRA, lora_bias, aLoRA, "
-        "trainable tokens), and combining such adapters is not built. Make them active together instead, by "
+        f"The adapter at {patch.site.path} is more than a product of two factors (DoRA, KaSA, lora_bias, "
+        "aLoRA, trainable tokens), and combining such adapters is not built. Make them active together instead, by "
         "base_model.set_adapter([...])."
     )
 

@@ -32,6 +32,8 @@ class LoraPatch(Patch):
     Differs: a dilated convolution works here; HF builds A without the dilation and fails in the sum.
     """
 
+    # Whether its update is s·B·A, the product of its two weights.
+    factored = True
     # What quantisation took from the base weight, in float32; None if it took nothing or the base gives up s·B·A.
     loss: np.ndarray | None = None
 
@@ -106,8 +108,12 @@ class LoraPatch(Patch):
 
     def update(self, x: Tensor) -> Tensor:
         """s·(B·A·x + b)."""
-        delta = self.op.mix(self.scaled(self.op(x, self.lora_A)), self.lora_B)
+        delta = self.op.mix(self.hidden(x), self.lora_B)
         return ops.add(delta, self.per_channel(self.scaled(self.lora_B_bias))) if self.has_bias else delta
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """s·A·x."""
+        return self.scaled(self.op(x, self.lora_A))
 
     @property
     def batched_rank(self) -> int:

@@ -55,6 +55,11 @@ def as_plain_lora(
             "path_initial_model_for_weight_conversion: LoftQ quantises the base weights, which no LoRA can undo. Save "
             "the adapter without: loading it quantises the base again."
         )
+    if config.kasa_config is not None:
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion: KaSA cuts the base weights by more than its initial adapter "
+            "says. Save the adapter without: loading it cuts the base again."
+        )
     if config.target_parameters:
         raise ConfigError(
             "path_initial_model_for_weight_conversion does not work with target_parameters: save without."

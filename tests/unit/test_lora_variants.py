@@ -1,0 +1,168 @@
+"""KaSA, BD-LoRA, VeLoRA, MonteCLoRA: what the contract and the parity tests cannot say, and what is refused."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from msft_peft import AdapterNameError, ConfigError, LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from msft_peft.tuners.lora.hotswap import hotswap_adapter_from_state_dict
+from tests import nets
+from tests.cases import output, shake, state_of, weights_of
+from tests.tolerances import array, assert_same, differ
+
+BOTH = {"target_modules": ["lin0", "lin1"], "r": 2, "lora_alpha": 6}
+
+
+def dense() -> nn.Cell:
+    ms.set_seed(5)
+    return nets.Dense().set_train(False)
+
+
+def adapted(**settings: object) -> PeftModel:
+    model = get_peft_model(dense(), LoraConfig(**BOTH | settings)).set_train(False)
+    shake(weights_of(model, "default"))
+    return model
+
+
+REFUSED = {
+    "kasa and dora": (nets.Dense, {"kasa_config": {}, "use_dora": True}, "variant combination: dora and kasa"),
+    "kasa: negative": (nets.Dense, {"kasa_config": {"beta": -1.0}}, "`beta` must be non-negative, got -1.0"),
+    "kasa: not a number": (nets.Dense, {"kasa_config": {"gamma": float("nan")}}, "`gamma` should be a finite number"),
+    "kasa: no sub-config": (nets.Dense, {"kasa_config": True}, "`kasa_config` must be a KasaConfig or a dict"),
+    "kasa: another start": (nets.Dense, {"kasa_config": {}, "init_lora_weights": "pissa"}, "does not go with.*pissa"),
+    "kasa: all components": (nets.Dense, {"kasa_config": {}, "r": 5}, "KaSA requires `r` to be smaller.*r=5"),
+    "kasa: more": (nets.Dense, {"kasa_config": {}, "r": 6}, "kasa_config has at most min.*r=6"),
+    "kasa: no dense layer": (
+        lambda: nets.Conv(2),
+        {"kasa_config": {}, "target_modules": ["conv"]},
+        r"supported by LORA \(kasa\): \['dense'\]",
+    ),
+    "kasa: tied": (nets.Tied, {"kasa_config": {}, "target_modules": ["head"]}, "KaSA changes the weight of head"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_leaves_the_model_alone(case: tuple):
+    make, settings, text = case
+    net = make()
+    before = state_of(net)
+    with pytest.raises(ConfigError, match=text):
+        get_peft_model(net, LoraConfig(**BOTH | settings))
+    assert state_of(net) == before
+
+
+# --- KaSA ----------------------------------------------------------------------------------------------------------
+
+
+def weights(model: nn.Cell) -> list[np.ndarray]:
+    """The base weights of the two layers, adapted or not."""
+    return [array(getattr(model, name).weight) for name in ("lin0", "lin1")]
+
+
+def cut(w: np.ndarray, r: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    return (u[:, :-r] * s[:-r]) @ vt[:-r]
+
+
+def test_kasa_cuts_the_base_weight_and_gives_it_back():
+    whole = weights(dense())
+    model = adapted(kasa_config={})
+    for w, before in zip(weights(model.get_base_model()), whole, strict=True):
+        np.testing.assert_allclose(w, cut(before, 2), atol=1e-6)
+    for w, before in zip(weights(model.unload()), whole, strict=True):
+        np.testing.assert_allclose(w, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["wide", "narrow"])
+@pytest.mark.parametrize("gone", ["wide", "narrow"])
+def test_of_two_kasa_adapters_either_can_go(first: str, gone: str, recwarn):
+    """The base lacks what the one of the higher rank takes, whoever came first and whoever is left."""
+    ranks = {"wide": 2, "narrow": 1}
+    left = next(name for name in ranks if name != gone)
+    other = next(name for name in ranks if name != first)
+    base = dense()
+    whole = weights(base)
+    model = get_peft_model(base, LoraConfig(**BOTH | {"r": ranks[first]}, kasa_config={}), first)
+    model.add_adapter(other, LoraConfig(**BOTH | {"r": ranks[other]}, kasa_config={}))
+    assert not [w for w in recwarn if "changes the base weights" in str(w.message)]
+    for w, before in zip(weights(base), whole, strict=True):
+        np.testing.assert_allclose(w, cut(before, 2), atol=1e-6)
+    model.set_adapter(left)
+    model.delete_adapter(gone)
+    for w, before in zip(weights(base), whole, strict=True):
+        np.testing.assert_allclose(w, cut(before, ranks[left]), atol=1e-6)
+    for w, before in zip(weights(model.unload()), whole, strict=True):
+        np.testing.assert_allclose(w, before, atol=1e-6)
+
+
+@pytest.mark.parametrize(("here", "new"), [({"kasa_config": {}}, {}), ({}, {"kasa_config": {}})])
+def test_kasa_keeps_no_other_company(here: dict, new: dict):
+    model = adapted(**here)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match="KaSA cannot be combined with adapters that don't use KaSA"):
+        model.add_adapter("other", LoraConfig(**BOTH | new))
+    assert state_of(model) == before
+
+
+def test_a_kasa_adapter_is_no_product_of_two_factors(tmp_path):
+    model = adapted(kasa_config={})
+    with pytest.raises(NotImplementedError, match="more than a product of two factors"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "new")
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, 2)
+    with pytest.raises(ConfigError, match="KaSA cuts the base weights"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path)
+    with pytest.raises(AdapterNameError, match="has changed the base weights"):
+        hotswap_adapter_from_state_dict(model, {}, "default", model.peft_config["default"])
+    plain = adapted()
+    with pytest.raises(ConfigError, match="for kasa_config, None !="):
+        hotswap_adapter_from_state_dict(plain, {}, "default", model.peft_config["default"])
+
+
+def test_several_kasa_adapters_serve_one_batch(mode: str):
+    model = adapted(kasa_config={})
+    model.add_adapter("other", LoraConfig(**BOTH | {"r": 1}, kasa_config={}))
+    shake(weights_of(model, "other"), seed=2)
+    x = model.get_base_model().sample()
+    expected = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected.append(output(model))
+    names = ["default", "other", *["default"] * (len(x) - 2)]
+    mixed = array(model(x, adapter_names=names))
+    for row, name in enumerate(names):
+        assert_same(mixed[row], expected[name == "other"][row])
+
+
+class Penalised(nn.Cell):
+    """A loss with the penalty in it."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__(auto_prefix=False)
+        self.model, self.penalty = model, model.base_model.penalty()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.reduce_mean(ops.square(self.model(x))) + self.penalty()
+
+
+def test_the_penalty_trains_in_a_users_compiled_step():
+    model = adapted(kasa_config={"beta": 0.5, "gamma": 0.25})
+    x, params = model.get_base_model().sample(), model.trainable_params()
+    step = ms.value_and_grad(Penalised(model), None, params)
+    value, gradients = step(x)
+    compiled, others = ms.jit(step)(x)
+    assert_same(compiled, value)
+    for p, g, other in zip(params, gradients, others, strict=True):
+        assert_same(other, g)
+        assert differ(g, np.zeros(p.shape, np.float32))
+    alone = ms.value_and_grad(model.base_model.penalty(), None, params)()[1]
+    assert all(differ(g, np.zeros(g.shape, np.float32)) for g in alone)
+
+
+def test_there_is_no_penalty_where_no_variant_asks_for_one():
+    model = adapted()
+    assert model.base_model.penalty()() == 0.0
+    assert model.base_model._get_kasa_loss() == 0.0
+    with pytest.raises(AdapterNameError, match="nothing not found"):
+        model.base_model.penalty("nothing")
