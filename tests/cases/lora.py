@@ -87,6 +87,13 @@ CASES = (
     Case("pissa", nets.Dense, lora(["lin0"], init_lora_weights="pissa"), ("lin0",), residual=True),
     Case("orthogonal", nets.Dense, lora(["lin0", "lin1"], init_lora_weights="orthogonal"), ("lin0", "lin1")),
     Case(
+        "bdlora",
+        nets.Blocks,
+        lora(["q", "v"], use_bdlora={"target_modules_bd_a": ["q"], "target_modules_bd_b": ["v"], "nblocks": 2}),
+        QV,
+        life=True,
+    ),
+    Case(
         "kasa",
         nets.Dense,
         lora(["lin0", "lin1"], kasa_config={}),

@@ -63,6 +63,8 @@ def case(name: str, net: str, *targets: str, merges: bool = True, **config: Any)
     return Case(name, net, defaults | ({"target_modules": list(targets)} if targets else {}) | config, merges)
 
 
+BLOCKS = {"target_modules_bd_a": ["lin0"], "target_modules_bd_b": ["lin1"], "nblocks": 2}
+MIXED = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["up"], "nblocks": 2, "match_strict": False}
 CASES = {
     c.name: c
     for c in [
@@ -107,6 +109,9 @@ CASES = {
         case("dora_conv2d", "conv2d", "conv0", use_dora=True),
         case("dora_conv3d", "conv3d", "conv0", use_dora=True),
         case("dora_hf_conv1d", "gpt2", "c_attn", "c_proj", use_dora=True, fan_in_fan_out=True),
+        case("bdlora", "mlp", "lin0", "lin1", use_bdlora=BLOCKS, lora_dropout=0.5),
+        case("bdlora_patterns", "blocks", "q_proj", "up", "k_proj", use_bdlora=MIXED, rank_pattern={"up": 2}, r=6),
+        case("bdlora_bias", "mlp", "lin0", use_bdlora=BLOCKS, lora_bias=True, use_rslora=True),
         case("kasa", "mlp", "lin0", "lin1", kasa_config={"beta": 0.01, "gamma": 0.02}, r=2, lora_dropout=0.5),
         case("kasa_patterns", "blocks", "q_proj", "up", kasa_config={}, r=2, rank_pattern={"up": 3}, use_rslora=True),
         case("mica", "mlp", "lin0", "out", init_lora_weights="mica", r=2, lora_dropout=0.5),

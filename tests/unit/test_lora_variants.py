@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from msft_peft import AdapterNameError, ConfigError, LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from msft_peft import (
+    AdapterNameError,
+    ConfigError,
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 from msft_peft.tuners.lora.hotswap import hotswap_adapter_from_state_dict
 from tests import nets
 from tests.cases import output, shake, state_of, weights_of
@@ -25,6 +34,10 @@ def adapted(**settings: object) -> PeftModel:
     return model
 
 
+def bd(a: list[str] | None = None, b: list[str] | None = None, n: int = 2) -> dict:
+    return {"use_bdlora": {"target_modules_bd_a": a, "target_modules_bd_b": b, "nblocks": n}}
+
+
 REFUSED = {
     "kasa and dora": (nets.Dense, {"kasa_config": {}, "use_dora": True}, "variant combination: dora and kasa"),
     "kasa: negative": (nets.Dense, {"kasa_config": {"beta": -1.0}}, "`beta` must be non-negative, got -1.0"),
@@ -32,11 +45,30 @@ REFUSED = {
     "kasa: no sub-config": (nets.Dense, {"kasa_config": True}, "`kasa_config` must be a KasaConfig or a dict"),
     "kasa: another start": (nets.Dense, {"kasa_config": {}, "init_lora_weights": "pissa"}, "does not go with.*pissa"),
     "kasa: all components": (nets.Dense, {"kasa_config": {}, "r": 5}, "KaSA requires `r` to be smaller.*r=5"),
-    "kasa: more": (nets.Dense, {"kasa_config": {}, "r": 6}, "kasa_config has at most min.*r=6"),
+    "kasa: more": (nets.Dense, {"kasa_config": {}, "r": 7}, "kasa_config has at most min.*r=7"),
     "kasa: no dense layer": (
         lambda: nets.Conv(2),
         {"kasa_config": {}, "target_modules": ["conv"]},
         r"supported by LORA \(kasa\): \['dense'\]",
+    ),
+    "bdlora: neither": (nets.Dense, bd(a=["lin0"]), "lin1 matches neither A nor B"),
+    "bdlora: both": (nets.Dense, bd(a=["lin"], b=["in1"]), "lin1 matches both A and B"),
+    "bdlora: in both lists": (nets.Dense, bd(a=["x", "y"], b=["y"]), r"overlapping modules.*\['y'\]"),
+    "bdlora: no list": (nets.Dense, bd(a="lin"), "`target_modules_bd_a` must be a list of strings"),
+    "bdlora: no blocks": (nets.Dense, bd(a=["lin"], n=0), "`nblocks` should be a positive integer"),
+    "bdlora: inputs": (
+        nets.Dense,
+        bd(a=["lin"], n=4) | {"r": 4},
+        "in_features=6 of lin0 is not divisible by nblocks=4",
+    ),
+    "bdlora: outputs": (nets.Dense, bd(b=["lin"]), "out_features=5 of lin1 is not divisible by nblocks=2"),
+    "bdlora: rank": (nets.Dense, bd(a=["lin"]) | {"r": 3}, "r=3 of lin0 is not divisible by nblocks=2"),
+    "bdlora: bias of B": (nets.Dense, bd(b=["lin"]) | {"lora_bias": True}, "block-diagonal B: lin0"),
+    "bdlora: another start": (nets.Dense, bd(a=["lin"]) | {"init_lora_weights": "olora"}, "does not go with.*olora"),
+    "bdlora: no dense layer": (
+        lambda: nets.Conv(2),
+        bd(a=["conv"]) | {"target_modules": ["conv"]},
+        r"supported by LORA \(bdlora\): \['dense'\]",
     ),
     "kasa: tied": (nets.Tied, {"kasa_config": {}, "target_modules": ["head"]}, "KaSA changes the weight of head"),
 }
@@ -166,3 +198,52 @@ def test_there_is_no_penalty_where_no_variant_asks_for_one():
     assert model.base_model._get_kasa_loss() == 0.0
     with pytest.raises(AdapterNameError, match="nothing not found"):
         model.base_model.penalty("nothing")
+
+
+# --- BD-LoRA -------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_needs_its_own_block_alone():
+    """Each half of the inputs goes to its own half of the hidden values, and each half of these to its outputs."""
+    model = get_peft_model(dense(), LoraConfig(r=4, target_modules=["lin0"], **bd(a=["lin0"])))
+    shake(weights_of(model, "default"))
+    patch = model.get_base_model().lin0.adapters["default"]
+    full = array(patch.full(patch.lora_A))
+    assert full.shape == (4, 6)
+    assert not full[:2, 3:].any()
+    assert not full[2:, :3].any()
+    assert np.array_equal(full[:2, :3], array(patch.lora_A)[:2])
+    assert np.array_equal(full[2:, 3:], array(patch.lora_A)[2:])
+    assert_same(patch.delta_weight(), 2 * array(patch.lora_B) @ full)
+
+
+def test_a_block_diagonal_adapter_in_company(mode: str):
+    """Beside a plain one in a divided batch; converted; and not combined or padded."""
+    model = adapted(**bd(a=["lin0"]) | {"target_modules": ["lin0"]})
+    model.add_adapter("plain", LoraConfig(**BOTH))
+    shake(weights_of(model, "plain"), seed=2)
+    x = model.get_base_model().sample()
+    expected = []
+    for name in ("default", "plain"):
+        model.set_adapter(name)
+        expected.append(output(model))
+    names = ["default", "plain", *["plain"] * (len(x) - 2)]
+    mixed = array(model(x, adapter_names=names))
+    for row, name in enumerate(names):
+        assert_same(mixed[row], expected[name == "plain"][row])
+    with pytest.raises(NotImplementedError, match="more than a product of two factors"):
+        model.base_model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "new", "cat")
+    with pytest.raises(ConfigError, match="lin0 has a block-diagonal factor"):
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+    _, tensors = convert_to_lora(model, 2)
+    patch = model.get_base_model().lin0.adapters["default"]
+    a, b = (tensors[f"base_model.model.lin0.lora_{factor}.weight"] for factor in "AB")
+    assert_same(array(b) @ array(a), patch.delta_weight())
+
+
+def test_hot_swapping_a_block_diagonal_adapter():
+    settings = bd(b=["lin0"]) | {"target_modules": ["lin0"]}
+    model, other = adapted(**settings), adapted(**settings)
+    shake(weights_of(other, "default"), seed=3)
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(other), "default", other.peft_config["default"])
+    assert_same(output(model), output(other))

@@ -2,6 +2,7 @@
 
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
+from msft_peft.tuners.lora.bdlora import BdLoraPatch
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
 from msft_peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from msft_peft.tuners.lora.corda import preprocess_corda
@@ -47,6 +48,7 @@ METHOD = Method(
     variants={
         "dora": {"dense": DoraPatch, "embedding": DoraEmbeddingPatch} | dict.fromkeys(_CONVOLUTIONS, DoraPatch),
         "alora": {"dense": LoraPatch},
+        "bdlora": {"dense": BdLoraPatch},
         "kasa": {"dense": KasaPatch},
         "mica": {"dense": LoraPatch, "embedding": LoraEmbeddingPatch},
     },

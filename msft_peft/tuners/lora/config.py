@@ -77,11 +77,12 @@ class LoraConfig(TargetedConfig):
             see docs/initialisation.md.
         kasa_config: take the r smallest singular components out of the base weight, and give the update singular
             values of its own; see `kasa.py`. Dense layers only.
+        use_bdlora: a `BdLoraConfig`: make A or B block-diagonal; see `bdlora.py`. Dense layers only.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these, as objects or dicts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     The other fields are HF's. Some are for options that are not built yet: velora_config, monteclora_config,
-    use_bdlora, arrow_config. Some are for what MindSpore does not have:
+    arrow_config. Some are for what MindSpore does not have:
     megatron_config and megatron_core, use_qalora and qalora_group_size, runtime_config.
 
     Raises:
@@ -251,6 +252,5 @@ _NOT_BUILT = {
     "runtime_config": "asks for layers on another device, and a MindSpore process has one device",
     "velora_config": _LATER,
     "monteclora_config": _LATER,
-    "use_bdlora": _LATER,
     "arrow_config": _LATER,
 }

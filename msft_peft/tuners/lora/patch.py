@@ -34,6 +34,8 @@ class LoraPatch(Patch):
 
     # Whether its update is s·B·A, the product of its two weights.
     factored = True
+    # Whether its weights can be padded for higher ranks.
+    grows = True
     # What quantisation took from the base weight, in float32; None if it took nothing or the base gives up s·B·A.
     loss: np.ndarray | None = None
 

@@ -52,6 +52,9 @@ class BdLoraConfig:
 
     def __post_init__(self) -> None:
         check_positive("nblocks", self.nblocks)
+        for name in ("target_modules_bd_a", "target_modules_bd_b"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"`{name}` must be a list of strings, got the string {getattr(self, name)!r}")
         both = sorted(set(self.target_modules_bd_a or []) & set(self.target_modules_bd_b or []))
         if both:
             raise ConfigError(
