@@ -134,7 +134,7 @@ class TunerLayer(Wrapper):
         self.views: dict[str, View] = {}
         # The weights that `residual` adapters began with: by these the base weight is short.
         self.given: dict[str, dict[str, np.ndarray]] = {}
-        self.adapting = self.reweighing = False
+        self.adapting = self.reweighing = self.replacing = False
         self.biased = site.bias is not None
         self.divide()
         inherit_mode(self, base)
@@ -144,8 +144,10 @@ class TunerLayer(Wrapper):
             return self._routed(x)
         if not self.adapting:
             return self.base_layer(x)
+        if self.replacing:
+            return self.adapters[self.active[0]].instead(x)
         if self.reweighing:
-            return self._finished(self._reweighed(self.active, x), self.base_layer.weight.dtype)
+            return self._finished(self._reweighed(self.active, x), self.site.dtype)
         # The last one acts on the layer as the others made it: its input is the first to change, its output the last.
         inputs: tuple[Tensor, ...] = ()
         for name in self.active[::-1]:
@@ -198,6 +200,8 @@ class TunerLayer(Wrapper):
 
     def _alone(self, name: str, x: Tensor) -> Tensor:
         patch = self.adapters[name]
+        if patch.replaces:
+            return patch.instead(x)
         if patch.reweighs:
             return self._reweighed((name,), x)
         x = patch.before(x)
@@ -258,7 +262,7 @@ class TunerLayer(Wrapper):
     def replace_weight(self, name: str, attribute: str, parameter: Parameter) -> None:
         """Put another Parameter, of the same name, in the place of an adapter's weight."""
         patch = self.adapters._cells[name]
-        patch._params[attribute] = parameter
+        patch.put(attribute, parameter)
         place, rest = place_of(patch.keys[attribute])
         self.views[place].put(name, rest, parameter)
 
@@ -294,6 +298,7 @@ class TunerLayer(Wrapper):
         # One plain attribute, since it is what compiled code reads.
         self.adapting = bool(self.enabled and self.active and not self.backups)
         self.reweighing = any(self.adapters[name].reweighs for name in self.active)
+        self.replacing = len(self.active) == 1 and self.adapters[self.active[0]].replaces
 
     # --- merging ------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class Patch(nn.Cell):
         auxiliary: it is no update of a target layer, but something beside those.
         reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
         reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are not asked.
+        replaces: while it acts alone, `instead` is asked for the layer's output, and the base layer is not run.
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
         fixed: attributes of weights that are kept in files, but never trained.
@@ -45,6 +46,7 @@ class Patch(nn.Cell):
     reads_base = False
     rides = False
     reweighs = False
+    replaces = False
     turned = False
     # What its initialisation is called, where warnings are given of a `residual` adapter.
     title = "This adapter"
@@ -100,6 +102,10 @@ class Patch(nn.Cell):
             values = initializer(init, shape, self.dtype)
         return Parameter(values, name=attribute, requires_grad=attribute not in self.fixed)
 
+    def put(self, attribute: str, parameter: Parameter) -> None:
+        """Let another Parameter be one of its weights."""
+        self._params[attribute] = parameter
+
     def shape_of(self, attribute: str) -> tuple[int, ...]:
         """The shape of a weight in files: its own, unless it is stored padded."""
         return tuple(getattr(self, attribute).shape)
@@ -153,6 +159,10 @@ class Patch(nn.Cell):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """What becomes of the layer's output y for input x, which `before` has gone over."""
         return y + self.op(x, self.delta_weight())
+
+    def instead(self, x: Tensor) -> Tensor:
+        """The layer's output for x, where it `replaces` the layer: what `after(x, base(x))` would be."""
+        raise NotImplementedError
 
     @property
     def batched_rank(self) -> int:
@@ -209,10 +219,10 @@ class Patch(nn.Cell):
 
 
 class Reference:
-    """Another Patch, which is to be no child of the one that knows it."""
+    """Another Cell, which is to be no child of the one that knows it."""
 
-    def __init__(self, patch: Any) -> None:
-        self.patch = patch
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
 
 
 def he_uniform() -> Initializer:

@@ -86,7 +86,7 @@ class TiedTokensPatch(TokensPatch):
         self._remember(as_float32(to_numpy(site.weight))[self.place[0]])
 
     def rows(self) -> Tensor:
-        return self.source.patch.delta
+        return self.source.cell.delta
 
 
 def _checked(indices: Sequence[int], site: Site) -> list[int]:

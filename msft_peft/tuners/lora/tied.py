@@ -37,24 +37,24 @@ class LoraTiedPatch(LoraPatch):
                 f"{site.path} variant={config.variant!r}, lora_bias={config.lora_bias}, init={config.init!r}."
             )
         self.hyperparameters(site, config)
-        if self.r != self.source.patch.r:
+        if self.r != self.source.cell.r:
             raise ConfigError(
-                f"ensure_weight_tying: {site.path} has the rank {self.r} and {self.source.patch.site.path}, to which "
-                f"it is tied, {self.source.patch.r}. Give both the same in rank_pattern."
+                f"ensure_weight_tying: {site.path} has the rank {self.r} and {self.source.cell.site.path}, to which "
+                f"it is tied, {self.source.cell.r}. Give both the same in rank_pattern."
             )
-        self.scale = self.source.patch.scale
+        self.scale = self.source.cell.scale
         self.has_bias = False
         self.keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
     @property
     def lora_A(self) -> Parameter:
         """The table's B (dim, r): in files it is transposed."""
-        return self.source.patch.lora_embedding_B
+        return self.source.cell.lora_embedding_B
 
     @property
     def lora_B(self) -> Parameter:
         """The table's A (r, vocabulary): in files it is transposed."""
-        return self.source.patch.lora_embedding_A
+        return self.source.cell.lora_embedding_A
 
     def shape_of(self, attribute: str) -> tuple[int, ...]:
         return (self.r, self.site.in_features) if attribute == "lora_A" else (self.site.out_features, self.r)
@@ -63,12 +63,12 @@ class LoraTiedPatch(LoraPatch):
         return ops.add(y, self.update(self.cast(x)))
 
     def update(self, x: Tensor) -> Tensor:
-        source = self.source.patch
+        source = self.source.cell
         h = self.op(x, ops.transpose(source.lora_embedding_B, (1, 0)))
         return self.op.mix(self.scaled(h), ops.transpose(source.lora_embedding_A, (1, 0)))
 
     def delta_weight(self) -> Tensor:
-        return self.source.patch.delta_weight()
+        return self.source.cell.delta_weight()
 
     def merged(self, w: Tensor, b: Any) -> tuple[Tensor, Any]:
         return w, b
