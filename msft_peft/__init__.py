@@ -120,6 +120,9 @@ from msft_peft.tuners.hra import (
 from msft_peft.tuners.ia3 import (
     IA3Config,
 )
+from msft_peft.tuners.ln_tuning import (
+    LNTuningConfig,
+)
 from msft_peft.tuners.loha import (
     LoHaConfig,
 )
@@ -207,6 +210,7 @@ __all__ = [
     "HubError",
     "IA3Config",
     "KasaConfig",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoadError",

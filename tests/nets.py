@@ -255,6 +255,30 @@ class Norms(nn.Cell):
         return floats(2, 2, 4, 5)
 
 
+class OffsetRMSNorm(nn.Cell):
+    """A norm of a library's own, that scales by one plus its weight, as Gemma's does."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(np.full((dim,), 0.3, np.float32)), name="weight")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x * ops.rsqrt(ops.mean(ops.square(x), -1, True) + 1e-6) * (1.0 + self.weight)
+
+
+class Rms(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = OffsetRMSNorm(6)
+        self.lin = nn.Dense(6, 4)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.lin(self.norm(x))
+
+    def sample(self) -> Tensor:
+        return floats(3, 6)
+
+
 class Loss(nn.Cell):
     """A scalar and nothing else: what `value_and_grad` and `Model` want."""
 

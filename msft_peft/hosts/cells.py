@@ -135,7 +135,7 @@ def _norm(cell: nn.Cell, path: str) -> Site | None:
     if cell._params.get(weight) is None:
         return None
     shape = tuple(cell._params[weight].shape)
-    axis = -1 if isinstance(cell, _LAYER_NORMS) else 1
+    axis = 1 if isinstance(cell, _CHANNEL_NORMS) else -1
     return Site(
         path,
         "norm",
@@ -170,10 +170,22 @@ def describe(cell: nn.Cell, path: str) -> Site | None:
     for classes, build in _LAYERS:
         if isinstance(cell, classes):
             return build(cell, path)
+    if _is_norm(cell):
+        return _norm(cell, path)
     # GPT-2's Conv1D exists in several libraries, none of which we import: known by its name and its two sizes.
     if type(cell).__name__ == "Conv1D" and hasattr(cell, "nf") and len(cell.weight.shape) == 2:
         return _transposed_dense(cell, path)
     return None
+
+
+def _is_norm(cell: nn.Cell) -> bool:
+    """Whether it is a norm of some library's own: by its name, and by having one factor a channel and maybe a bias."""
+    shapes = {name: p.shape for name, p in cell._params.items() if p is not None}
+    factors = {"weight", "gamma"} & set(shapes)
+    fits = (
+        len(factors) == 1 and set(shapes) <= {*factors, "bias", "beta"} and all(len(s) == 1 for s in shapes.values())
+    )
+    return fits and "Norm" in type(cell).__name__
 
 
 def parameter_site(model: nn.Cell, owner: str, name: str) -> Site:

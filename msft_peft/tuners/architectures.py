@@ -53,3 +53,33 @@ IA3 = _by_architecture(
 )
 # The last of them; mT5 has none.
 IA3_FEEDFORWARD = {kind: names[-1:] for kind, names in IA3.items() if kind != "mt5"} | {"mt5": []}
+
+# The norms that LN tuning trains.
+NORMS = _by_architecture(
+    {
+        ("input_layernorm", "post_attention_layernorm", "norm"): "gemma llama mistral".split(),
+        ("input_layernorm", "post_attention_layernorm", "ln_f"): "bloom falcon".split(),
+        (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "norm",
+        ): "gemma2 gemma3_text".split(),
+        ("post_attention_layernorm",): "qwen2 qwen3".split(),
+        ("layer_norm", "final_layer_norm"): "mt5 t5".split(),
+        ("ln_1", "ln_2", "ln_f"): ["gpt2"],
+        ("ln_1", "ln_f"): ["gptj"],
+        ("input_layernorm", "final_layernorm"): ["phi"],
+        ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"): ["bart"],
+        ("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"): ["blip-2"],
+        (
+            "multi_modal_projector",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "norm",
+            "embed_tokens",
+            "lm_head",
+        ): ["llava"],
+    }
+)

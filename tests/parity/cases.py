@@ -166,6 +166,10 @@ METHOD_CASES = {
         other("Miss", "linear_bat", "mlp", "lin0", r=2, init_weights="bat"),
         other("Gralora", "linear", "mlp", "lin0", "lin1", r=4, alpha=5),
         other("Gralora", "hybrid", "mlp", "lin0", r=4, gralora_k=2, hybrid_r=2, alpha=5),
+        other("LNTuning", "norms", "blocks", "ln", "norm"),
+        other("LNTuning", "linear", "mlp", "lin0", "lin1", "norm"),
+        other("LNTuning", "conv1d", "conv1d", "conv0", "conv1"),
+        other("LNTuning", "embedding", "embedding", "emb"),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

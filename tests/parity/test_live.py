@@ -22,10 +22,11 @@ SEED = 1  # other weights and batches than the goldens have
 
 
 def hf_load(the_case: Case, weights, folder, **options) -> HfPeftModel:
-    """Let HF load an adapter; every warning is an error, apart from the one that HF gives of its own adapters too."""
+    """Let HF load an adapter; every warning is an error, apart from those that HF gives of its own adapters too."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="LoRA adapter added to ConvNd layer with groups > 1")
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*LayerNorm")
         module = theirs.build(the_case.net, weights)
         return HfPeftModel.from_pretrained(module, folder, is_trainable=True, **options).eval()
 

@@ -13,6 +13,7 @@ from msft_peft import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -61,6 +62,13 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
         "Target module emb .* is not supported",
     ),
     "oft: coft": (nets.Dense, "OFT", BOTH | {"coft": True}, NotImplementedError, "coft=True .* is not built yet"),
+    "ln tuning: averages": (
+        nets.Norms,
+        "LNTuning",
+        {"target_modules": ["bn"]},
+        NotImplementedError,
+        "bn is a BatchNorm2d. Its averages",
+    ),
     "hra: pairs": (nets.Dense, "HRA", BOTH | {"apply_GS": True}, ValueError, "needs init_weights=False"),
     "miss: high": (nets.Dense, "Miss", BOTH | {"r": 7}, ValueError, r"`r` \(7\) must be less than or equal to the 6"),
     "miss: mini": (
@@ -197,6 +205,27 @@ def test_hira_follows_its_rank_pattern():
     """HF does so only for a second adapter."""
     model = get_peft_model(nets.Dense(), HiraConfig(**BOTH, r=3, rank_pattern={"lin1": 2}))
     assert [layer.hira_A["default"].shape[0] for layer in layers_of(model)] == [3, 2]
+
+
+def test_ln_tuning_finds_the_norms_of_a_llama():
+    model = get_peft_model(llama(), LNTuningConfig(task_type="CAUSAL_LM"))
+    paths = ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"]
+    assert [layer.site.path for layer in layers_of(model)] == paths
+    assert model.get_nb_trainable_parameters()[0] == 3 * 16
+
+
+def test_norms_tuned_by_two_adapters_gain_what_both_do():
+    """HF refuses to have both active."""
+    model = get_peft_model(nets.Rms(), LNTuningConfig(target_modules=["norm"]), adapter_name="one")
+    model.add_adapter("two", LNTuningConfig(target_modules=["norm"]))
+    for name, number in (("one", 0.5), ("two", 0.1)):
+        (p,) = weights_of(model, name)
+        p.copy_(Tensor(np.full(6, number, np.float32)))
+    model.base_model.set_adapter(["one", "two"])
+    both, layer = output(model), layers_of(model)[0]
+    model.merge_adapter()
+    assert_same(layer.weight, np.full(6, 0.3 + 0.2 - 0.2, np.float32))
+    assert_same(output(model), both)
 
 
 def test_hra_of_an_odd_rank_is_no_identity():

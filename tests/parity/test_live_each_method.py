@@ -1,0 +1,55 @@
+"""Each method but LoRA against HF peft: its usual targets, and two adapters on one net."""
+
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.utils import constants
+
+from msft_peft import PeftModel
+from msft_peft.registry import METHODS
+
+from . import ours, theirs
+from .cases import METHOD_CASES, same
+
+# Some name the table otherwise than the method.
+TABLES = {"LN_TUNING": "LNTUNING"}
+FIRST = {case.method: case for case in reversed(METHOD_CASES.values())}
+
+
+def in_order(table):
+    return {key: sorted(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_usual_targets_are_hfs(name):
+    table = f"TRANSFORMERS_MODELS_TO_{TABLES.get(name, name)}_TARGET_MODULES_MAPPING"
+    if not hasattr(constants, table):
+        pytest.skip("HF peft has no table for it")
+    assert in_order(METHODS[name].default_targets) == in_order(getattr(constants, table))
+
+
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)
+def test_two_adapters(case, mode, tmp_path):
+    """Both in one model, each alone: HF's numbers, and those of its file."""
+    if "bias" in case.config:
+        pytest.skip("two adapters cannot both train the base model's biases")
+    weights, x, _ = theirs.data(case, 3)
+    expected = {}
+    for seed, name in enumerate(("one", "two")):
+        hf = theirs.create(case, weights, seed, name)
+        hf.save_pretrained(tmp_path)
+        with torch.no_grad():
+            expected[name] = theirs.forward(hf, x).numpy()
+    assert not np.allclose(expected["one"], expected["two"], atol=1e-3)
+    hf = peft.PeftModel.from_pretrained(theirs.build(case.net, weights), tmp_path / "one", adapter_name="one").eval()
+    hf.load_adapter(tmp_path / "two", "two")
+    mine = PeftModel.from_pretrained(ours.build(case.net, weights), tmp_path / "one", adapter_name="one")
+    mine.load_adapter(tmp_path / "two", "two")
+    for name in ("two", "one"):
+        hf.set_adapter(name)
+        mine.set_adapter(name)
+        y = mine(ours.ms.Tensor(x)).asnumpy()
+        same("output", y, expected[name], name)
+        with torch.no_grad():
+            same("output", y, theirs.forward(hf, x).numpy(), f"{name} in HF")
