@@ -23,8 +23,8 @@ class Method:
         variants: other Patch classes by kind of layer, by the name of the variant (`config.variant`).
         default_targets: usual target layers by the base model's `model_type`.
         settle: (copied config, the base model's config) -> None: fills in what depends on the architecture.
-        find_targets: (config, the base model's `model_type`, Sites by path) -> the targets of a config that names
-            none, or None where they are not known; in the place of `default_targets`.
+        find_targets: (config, the base model, Sites by path) -> the targets of a config that names none, or None where
+            they are not known; in the place of `default_targets`.
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
         merges: its weights can be folded into the base weights.
         mixed: may be active beside another method in one model.

@@ -53,7 +53,7 @@ def resolve_targets(
         model_type = str(model_config(model).get("model_type"))
         targets = method.default_targets.get(model_type)
         if method.find_targets is not None:
-            targets = method.find_targets(config, model_type, _sites(cells))
+            targets = method.find_targets(config, model, _sites(cells))
         if targets is None and getattr(config, "target_parameters", None):
             return []
         if targets is None:

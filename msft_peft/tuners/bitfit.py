@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from msft_peft.config import TargetedConfig
 from msft_peft.core.patch import Patch
@@ -57,7 +57,7 @@ class BitFitPatch(Patch):
         return w, b + self.bitfit_bias
 
 
-def with_bias(config: BitFitConfig, model_type: str, sites: Mapping[str, Site]) -> str:
+def with_bias(config: BitFitConfig, model: nn.Cell, sites: Mapping[str, Site]) -> str:
     """All layers that have a bias, but those that are trained whole.
 
     Raises:

@@ -12,7 +12,7 @@ from msft_peft.core.patch import Patch
 from msft_peft.delta.activation import non_linearity
 from msft_peft.delta.checks import DeltaTypeError, DeltaValueError
 from msft_peft.errors import ConfigError, MergeError
-from msft_peft.hosts import Site
+from msft_peft.hosts import Site, model_config
 from msft_peft.registry import Method
 
 HOULSBY, PFEIFFER = "houlsby", "pfeiffer"
@@ -152,9 +152,9 @@ class BottleneckPatch(AdapterPatch):
         return ops.add(self.op(h, self.adapter_up), self.adapter_up_bias)
 
 
-def usual_places(config: AdapterConfig, model_type: str, sites: Mapping[str, Site]) -> str | None:
+def usual_places(config: AdapterConfig, model: nn.Cell, sites: Mapping[str, Site]) -> str | None:
     """A regex for the layers after which adapters go in models of this kind; None where that is not known."""
-    attention, feed_forward = _OUTPUTS.get(model_type, ("", ""))
+    attention, feed_forward = _OUTPUTS.get(str(model_config(model).get("model_type")), ("", ""))
     if not feed_forward:
         return None
     places = [feed_forward] if config.placement == PFEIFFER else [attention, feed_forward]
