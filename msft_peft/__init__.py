@@ -167,6 +167,9 @@ from msft_peft.tuners.oft import (
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
+from msft_peft.tuners.trainable_tokens import (
+    TrainableTokensConfig,
+)
 
 if TYPE_CHECKING:
     from msft_peft.auto import (
@@ -252,6 +255,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
     "Tuner",
     "TunerLayerStatus",
     "TunerModelStatus",

@@ -170,6 +170,8 @@ METHOD_CASES = {
         other("LNTuning", "linear", "mlp", "lin0", "lin1", "norm"),
         other("LNTuning", "conv1d", "conv1d", "conv0", "conv1"),
         other("LNTuning", "embedding", "embedding", "emb"),
+        other("TrainableTokens", "embedding", "embedding", "emb", token_indices=[7, 2, 5]),
+        other("TrainableTokens", "head", "mlp", "lin1", token_indices=[1, 6]),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

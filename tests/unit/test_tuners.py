@@ -19,6 +19,7 @@ from msft_peft import (
     LoraConfig,
     MissConfig,
     OFTConfig,
+    TrainableTokensConfig,
     get_peft_model,
 )
 from msft_peft.models import LlamaConfig, LlamaForCausalLM
@@ -47,6 +48,7 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "oft: both": ("OFT", {"r": 2}, ValueError, r"You can only specify either r \(2\) or oft_block_size \(32\)"),
     "oft: bias": ("OFT", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only, is not implemented"),
     "hra: rank": ("HRA", {"r": -2}, ValueError, "`r` should be a positive integer"),
+    "tokens: no numbers": ("TrainableTokens", {"token_indices": ["a"]}, ValueError, "must be a list of int, got"),
     "miss: init": ("Miss", {"init_weights": "bats"}, ValueError, "must be True, False, 'bat' or 'mini'"),
     "gralora: blocks": ("Gralora", {"r": 5}, ValueError, "r should be divisible by gralora_k, but got 5 and 2"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
@@ -68,6 +70,21 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
         {"target_modules": ["bn"]},
         NotImplementedError,
         "bn is a BatchNorm2d. Its averages",
+    ),
+    "tokens: none": (nets.Embedding, "TrainableTokens", {"target_modules": ["emb"]}, ValueError, "it names no row"),
+    "tokens: out of range": (
+        nets.Embedding,
+        "TrainableTokens",
+        {"target_modules": ["emb"], "token_indices": [3, 10]},
+        ValueError,
+        r"\[10\] are none of its 10 rows",
+    ),
+    "tokens: no embedding": (
+        nets.Blocks,
+        "TrainableTokens",
+        {"token_indices": [1]},
+        ValueError,
+        "Please specify `target_modules`",
     ),
     "hra: pairs": (nets.Dense, "HRA", BOTH | {"apply_GS": True}, ValueError, "needs init_weights=False"),
     "miss: high": (nets.Dense, "Miss", BOTH | {"r": 7}, ValueError, r"`r` \(7\) must be less than or equal to the 6"),
@@ -119,9 +136,9 @@ def test_what_does_not_fit_leaves_the_model_alone(case: tuple):
     assert state_of(net) == before
 
 
-def llama() -> LlamaForCausalLM:
+def llama(**settings: Any) -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes | settings))
 
 
 def test_ia3_knows_the_feed_forward_layers_of_an_architecture():
@@ -226,6 +243,29 @@ def test_norms_tuned_by_two_adapters_gain_what_both_do():
     model.merge_adapter()
     assert_same(layer.weight, np.full(6, 0.3 + 0.2 - 0.2, np.float32))
     assert_same(output(model), both)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_of_a_language_model_and_its_tied_head(tied: bool, mode: str):
+    net = llama(tie_word_embeddings=tied)
+    tokens = Tensor([[1, 4, 2]], ms.int32)
+    fresh = array(net(tokens)["logits"])
+    model = get_peft_model(net, TrainableTokensConfig(token_indices=[4, 9], task_type="CAUSAL_LM")).set_train(False)
+    assert model.peft_config["default"].target_modules == "model.embed_tokens"
+    assert model.get_nb_trainable_parameters()[0] == 2 * 16
+    assert_same(model(input_ids=tokens)["logits"], fresh)
+    shake(weights_of(model, "default"))
+    adapted = array(model(input_ids=tokens)["logits"])
+    assert not differ(adapted[:, 0, 5], fresh[:, 0, 5])
+    assert differ(adapted[:, 0, 9], fresh[:, 0, 9]) == tied
+    model.merge_adapter()
+    assert_same(model(input_ids=tokens)["logits"], adapted, "merge")
+
+
+def test_tokens_may_begin_at_random():
+    config = TrainableTokensConfig(target_modules=["emb"], token_indices=[1], init_weights=False)
+    (p,) = weights_of(get_peft_model(nets.Embedding(), config), "default")
+    assert differ(p, array(nets.Embedding().emb.embedding_table)[[1]])
 
 
 def test_hra_of_an_odd_rank_is_no_identity():

@@ -1,0 +1,21 @@
+"""Trainable tokens: rows of an embedding, and of a head."""
+
+from functools import partial
+
+import mindspore as ms
+
+from tests import nets
+from tests.cases import Case
+
+CASES = (
+    Case(
+        "embedding",
+        nets.Embedding,
+        {"target_modules": ["emb"], "token_indices": [8, 6]},
+        ("emb",),
+        life=True,
+        descent=0.95,
+    ),
+    Case("head", nets.Dense, {"target_modules": ["lin1"], "token_indices": [0, 3]}, ("lin1",)),
+    Case("half", partial(nets.Embedding, ms.float16), {"target_modules": ["emb"], "token_indices": [7]}, ("emb",)),
+)
