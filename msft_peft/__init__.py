@@ -170,6 +170,9 @@ from msft_peft.tuners.r_drop import (
 from msft_peft.tuners.trainable_tokens import (
     TrainableTokensConfig,
 )
+from msft_peft.tuners.vera import (
+    VeraConfig,
+)
 
 if TYPE_CHECKING:
     from msft_peft.auto import (
@@ -260,6 +263,7 @@ __all__ = [
     "TunerLayerStatus",
     "TunerModelStatus",
     "VeloraConfig",
+    "VeraConfig",
     "WithRDropLoss",
     "cast_mixed_precision_params",
     "check_hotswap_configs_compatible",

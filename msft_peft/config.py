@@ -263,6 +263,12 @@ def check_positive(where: str, value: Any) -> None:
         raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {value}")
 
 
+def check_seed(where: str, value: Any) -> None:
+    """Raise ConfigError, naming the field, if `value` is no integer that a random generator can begin with."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
+        raise ConfigError(f"`{where}` should be an integer in [-2**63, 2**64) but the value passed is {value!r}")
+
+
 def check_finite(where: str, value: Any) -> None:
     """Raise ConfigError, naming the field, if `value` is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

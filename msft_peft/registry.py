@@ -20,6 +20,7 @@ class Method:
         config: its config class, which names the method (`peft_type`).
         patches: its Patch class for each kind of layer that it can work on.
         prompt: for a method without Patches, the `core.prompt.VirtualTokens` that it puts before the input.
+        shared: a `core.patch.Shared`: weights that all Patches of an adapter read.
         variants: other Patch classes by kind of layer, by the name of the variant (`config.variant`).
         default_targets: usual target layers by the base model's `model_type`.
         settle: (copied config, the base model's config) -> None: fills in what depends on the architecture.
@@ -36,6 +37,7 @@ class Method:
     config: type[PeftConfig]
     patches: Mapping[str, type] = field(default_factory=dict)
     prompt: type | None = None
+    shared: type | None = None
     variants: Mapping[str, Mapping[str, type]] = field(default_factory=dict)
     default_targets: Mapping[str, list[str] | str] = field(default_factory=dict)
     settle: Callable[[Any, Mapping[str, Any]], None] | None = None

@@ -16,7 +16,7 @@ from msft_peft.backend.recompute import mark_again
 from msft_peft.backend.tree import Named, get_child, named_parameters, owners, refresh_names, replace_cells
 from msft_peft.config import PeftConfig, PromptLearningConfig, TargetedConfig
 from msft_peft.core.checkpointing import is_checkpointing
-from msft_peft.core.keys import BASE, PREFIX, narrowed
+from msft_peft.core.keys import BASE, BESIDE, PREFIX, narrowed
 from msft_peft.core.layer import (
     ModulesToSaveWrapper,
     TunerLayer,
@@ -76,7 +76,7 @@ class Adapter:
         return [path for path, patch in self.patches.items() if not patch.auxiliary]
 
     def entries(self, model: nn.Cell) -> dict[str, Named]:
-        """Its tensors by their keys in HF's files, after `prefix`: weights, copies, and trained biases.
+        """Its tensors by their keys in HF's files, see `core.keys.in_file`: weights, copies, and trained biases.
 
         `local` of each is the parameter's path once the adapter is in the model.
         """
@@ -92,11 +92,14 @@ class Adapter:
         place = f"prompt_encoder.{self.name}"
         found = {key: named._replace(local=f"{place}.{named.local}") for key, named in prompt.items()}
         for path, patch in self.patches.items():
-            for attribute, suffix in patch.keys.items():
-                p, (place, rest) = getattr(patch, attribute), place_of(suffix)
+            for holder, attribute, suffix in patch.placed():
+                if attribute in holder.unsaved:
+                    continue
+                p, (place, rest) = getattr(holder, attribute), place_of(suffix)
                 local = ".".join(part for part in (path, place, self.name, rest) if part)
-                key, shape = f"{path}.{suffix}", patch.shape_of(attribute)
-                found[key] = Named(key, local, p, shape, patch.blocks_of(attribute), patch.turned)
+                key = f"{path}.{suffix}" if holder is patch else BESIDE + suffix
+                shape, blocks = holder.shape_of(attribute), holder.blocks_of(attribute)
+                found[key] = Named(key, local, p, shape, blocks, patch.turned)
         for path, module in self.modules.items():
             for named in named_parameters(module, tied=True):
                 key = f"{self.inside}{path}.{named.key}"
@@ -188,7 +191,12 @@ def prepare(
     _say_paths(config, modules, cells)
     classes = method.patches_for(config)
     with _bare(model, name):
-        patches = {path: classes[site.kind](site, config, autocast, low_cpu_mem_usage) for path, site in sites.items()}
+        made = (config, autocast, low_cpu_mem_usage)
+        shared = None if method.shared is None else method.shared(sites.values(), *made)
+        given = made if shared is None else (*made, shared)
+        patches = {path: classes[site.kind](site, *given) for path, site in sites.items()}
+        if shared is not None:
+            next(iter(patches.values())).leads = True
         if method.extras is not None:
             extras = method.extras(model, config, cells, patches, tied, autocast, low_cpu_mem_usage)
             # A Patch may stand in the place of one at a target, if it rides on another or is that one.

@@ -18,6 +18,13 @@ from msft_peft.registry import method_of
 PREFIX = "base_model.model."
 # And where they put it when there is no tuner in between.
 BASE = "base_model."
+# Stands before what all layers of an adapter share: it lies beside the base model, and not in it.
+BESIDE = "../"
+
+
+def in_file(prefix: str, key: str) -> str:
+    """A key as files have it: "base_model.model." + "up.vera_lambda_b", but "base_model.vera_A" for "../vera_A"."""
+    return BASE + key.removeprefix(BESIDE) if key.startswith(BESIDE) else prefix + key
 
 
 def narrowed(config: PeftConfig, model: nn.Cell, keys: Iterable[str]) -> PeftConfig:
@@ -68,6 +75,8 @@ def _owners(keys: list[str], model: nn.Cell, cells: Mapping[str, nn.Cell]) -> tu
     base = {named.key for named in named_parameters(model)}
     paths, strangers = set(), []
     for key in keys:
+        if key.startswith(BASE) and not key.startswith(PREFIX):
+            continue  # what all layers share
         below = key if _owner(key, cells) else key.removeprefix(PREFIX)
         owner = _owner(below, cells)
         if owner and site_of(cells[owner], owner) is not None:

@@ -99,7 +99,8 @@ class Wrapper(nn.Cell):
 
 def fixed_in(cell: nn.Cell) -> list[Parameter]:
     """The parameters that an adapter has there and never trains."""
-    return [getattr(cell, attribute) for attribute in getattr(cell, "fixed", ())]
+    holders = [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
+    return [getattr(holder, attribute) for holder in holders for attribute in getattr(holder, "fixed", ())]
 
 
 def buffers_in(cell: nn.Cell) -> list[Parameter]:
@@ -240,12 +241,12 @@ class TunerLayer(Wrapper):
         """Put an adapter here, inactive; one of the same name is replaced."""
         self.discard(name)
         self.adapters[name] = patch.set_train(self.training)
-        for attribute, key in () if patch.rides else patch.keys.items():
+        for holder, attribute, key in () if patch.rides else patch.placed():
             place, rest = place_of(key)
             if place not in self.views:
                 self.views[place] = View()
                 self._show(place)
-            self.views[place].put(name, rest, getattr(patch, attribute))
+            self.views[place].put(name, rest, getattr(holder, attribute))
         self._cells.move_to_end("adapters")
         if patch.residual:
             self.given[name] = patch.snapshot()
@@ -259,11 +260,12 @@ class TunerLayer(Wrapper):
             holder = holder._cells.setdefault(part, nn.Cell())
         holder._cells[last] = self.views[place]
 
-    def replace_weight(self, name: str, attribute: str, parameter: Parameter) -> None:
-        """Put another Parameter, of the same name, in the place of an adapter's weight."""
+    def replace_weight(self, name: str, attribute: str, parameter: Parameter, shared: bool = False) -> None:
+        """Put another Parameter, of the same name, in the place of an adapter's weight, or of a shared one."""
         patch = self.adapters._cells[name]
-        patch.put(attribute, parameter)
-        place, rest = place_of(patch.keys[attribute])
+        holder = patch.shared if shared else patch
+        holder.put(attribute, parameter)
+        place, rest = place_of(holder.keys[attribute])
         self.views[place].put(name, rest, parameter)
 
     def discard(self, name: str) -> None:
@@ -275,7 +277,7 @@ class TunerLayer(Wrapper):
             for other in self.given:
                 self._write_weight(self.adapters[other].retaken(self._full_weight()))
         patch = self.adapters._cells.pop(name)
-        for place in {place_of(key)[0] for key in patch.keys.values() if not patch.rides}:
+        for place in {place_of(key)[0] for _, _, key in patch.placed() if not patch.rides}:
             self.views[place].drop(name)
             if not len(self.views[place]):
                 del self.views[place]

@@ -1,7 +1,7 @@
 """Patch: one adapter's weights and mathematics at one Site."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mindspore as ms
@@ -13,60 +13,31 @@ from msft_peft.backend.arrays import FLOAT_DTYPES, HALF_DTYPES, to_numpy, write
 from msft_peft.config import PeftConfig
 from msft_peft.hosts import Site
 
+# Before the names of shared weights in a Patch's snapshot.
+_SHARED = "shared."
 
-class Patch(nn.Cell):
-    """The delta Cell of one adapter at one Site. It knows no adapter names and does no bookkeeping.
 
-    A method writes `setup` and, if it is additive, `delta_weight`; the other hooks have defaults that follow from it.
-    The base layer's own weight and bias are `site.weight` and `site.bias` in `setup`, and `base_weight()` and
-    `site.layer.bias` in the hooks.
+class Weights(nn.Cell):
+    """Weights of an adapter, each with its key in HF's files.
 
     Attributes:
-        site: where it sits.
-        op: how the layer there applies a weight.
-        keys: attribute of each weight -> its key in HF's files, below the layer's path.
-        residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
-            is given back when the adapter is taken out.
-        alone: where it is `residual`: it goes with no other adapter, and a warning says so.
-        auxiliary: it is no update of a target layer, but something beside those.
-        reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
-        reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are not asked.
-        replaces: while it acts alone, `instead` is asked for the layer's output, and the base layer is not run.
-        turned: its weights are transposed in files.
-        rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
-        fixed: attributes of weights that are kept in files, but never trained.
+        dtype: theirs.
+        keys: attribute of each weight -> its key, below the path of the layer that it belongs to.
+        fixed: attributes of weights that are never trained.
         buffers: those of them that are no parameters in HF, and are not counted among them.
-        invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
-        casts_input: inputs are cast to the dtype of its weights.
+        unsaved: attributes of weights that files do not hold, since they are made anew from the config.
     """
 
-    residual = False
-    alone = True
-    auxiliary = False
-    reads_base = False
-    rides = False
-    reweighs = False
-    replaces = False
-    turned = False
-    # What its initialisation is called, where warnings are given of a `residual` adapter.
-    title = "This adapter"
-    invocation: tuple[int, ...] | None = None
-    casts_input = True
-
-    def __init__(self, site: Site, config: PeftConfig, autocast: bool = True, low_cpu_mem_usage: bool = False) -> None:
+    def __init__(self, site: Site, autocast: bool, low_cpu_mem_usage: bool) -> None:
         super().__init__()
-        self.site, self.op, self.undrawn = site, site.op, low_cpu_mem_usage
+        self.undrawn = low_cpu_mem_usage
         self.keys: dict[str, str] = {}
         self.fixed: set[str] = set()
         self.buffers: set[str] = set()
+        self.unsaved: set[str] = set()
         # Half-precision adapters lose small updates, so they are kept in float32 unless told otherwise.
         halves = HALF_DTYPES if autocast else ()
         self.dtype = ms.float32 if site.dtype in halves or site.dtype not in FLOAT_DTYPES else site.dtype
-        self.setup(site, config)
-
-    def setup(self, site: Site, config: Any) -> None:
-        """Declare the weights, and keep what the formula needs of `config`."""
-        raise NotImplementedError
 
     def weight(
         self,
@@ -76,6 +47,7 @@ class Patch(nn.Cell):
         attribute: str | None = None,
         fixed: bool = False,
         buffer: bool = False,
+        saved: bool = True,
     ) -> Parameter:
         """A new weight, under `key` in checkpoint files ("lora_A.weight").
 
@@ -86,6 +58,7 @@ class Patch(nn.Cell):
             attribute: the attribute that holds it; by default named after the key, lora_A or lora_B_bias.
             fixed: it is never trained.
             buffer: nor is it a parameter in HF.
+            saved: files hold it.
         """
         attribute = attribute or key.removesuffix(".weight").replace(".", "_")
         self.keys[attribute] = key
@@ -93,6 +66,8 @@ class Patch(nn.Cell):
             self.fixed.add(attribute)
         if buffer:
             self.buffers.add(attribute)
+        if not saved:
+            self.unsaved.add(attribute)
         if isinstance(init, np.ndarray):
             values = Tensor(init, self.dtype)
         elif self.undrawn:
@@ -123,6 +98,100 @@ class Patch(nn.Cell):
         for attribute, value in values.items():
             write(getattr(self, attribute), value)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: these weights stand in the tree, and in a `state_dict`, under the paths that HF gives them."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, see `_save_to_state_dict`."""
+
+
+class Shared(Weights):
+    """Weights that all Patches of one adapter read: each of these holds this Cell, so that it lives as they do.
+
+    In HF's files their keys stand beside the base model's, "base_model.vera_A". In the tree they stand at the layer of
+    the adapter's first Patch, which `leads`.
+    """
+
+    def __init__(self, sites: Iterable[Site], config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool) -> None:
+        sites = list(sites)
+        super().__init__(sites[0], autocast, low_cpu_mem_usage)
+        self.setup(sites, config)
+
+    def setup(self, sites: list[Site], config: Any) -> None:
+        """Declare the weights, for an adapter at these sites."""
+        raise NotImplementedError
+
+
+class Patch(Weights):
+    """The delta Cell of one adapter at one Site. It knows no adapter names and does no bookkeeping.
+
+    A method writes `setup` and, if it is additive, `delta_weight`; the other hooks have defaults that follow from it.
+    The base layer's own weight and bias are `site.weight` and `site.bias` in `setup`, and `base_weight()` and
+    `site.layer.bias` in the hooks.
+
+    Attributes:
+        site: where it sits.
+        op: how the layer there applies a weight.
+        shared: what it shares with the adapter's other Patches, if the method has such weights.
+        leads: it is the one at whose layer the shared weights stand in the tree.
+        residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
+            is given back when the adapter is taken out.
+        alone: where it is `residual`: it goes with no other adapter, and a warning says so.
+        auxiliary: it is no update of a target layer, but something beside those.
+        reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
+        reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are not asked.
+        replaces: while it acts alone, `instead` is asked for the layer's output, and the base layer is not run.
+        turned: its weights are transposed in files.
+        rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
+        invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
+        casts_input: inputs are cast to the dtype of its weights.
+    """
+
+    residual = False
+    alone = True
+    auxiliary = False
+    reads_base = False
+    rides = False
+    reweighs = False
+    replaces = False
+    turned = False
+    leads = False
+    # What its initialisation is called, where warnings are given of a `residual` adapter.
+    title = "This adapter"
+    invocation: tuple[int, ...] | None = None
+    casts_input = True
+
+    def __init__(
+        self,
+        site: Site,
+        config: PeftConfig,
+        autocast: bool = True,
+        low_cpu_mem_usage: bool = False,
+        shared: Any = None,
+    ) -> None:
+        super().__init__(site, autocast, low_cpu_mem_usage)
+        self.site, self.op, self.shared = site, site.op, shared
+        self.setup(site, config)
+
+    def setup(self, site: Site, config: Any) -> None:
+        """Declare the weights, and keep what the formula needs of `config`."""
+        raise NotImplementedError
+
+    def placed(self) -> list[tuple[Weights, str, str]]:
+        """(holder, attribute, key) of each weight that stands in the tree at this layer."""
+        holders: tuple[Weights, ...] = (self, self.shared) if self.leads else (self,)
+        return [(holder, attribute, key) for holder in holders for attribute, key in holder.keys.items()]
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        # The shared weights that may change belong to what this one does.
+        values = {} if self.shared is None else self.shared.snapshot()
+        return super().snapshot() | {_SHARED + a: v for a, v in values.items() if a not in self.shared.fixed}
+
+    def restore(self, values: Mapping[str, np.ndarray]) -> None:
+        super().restore({a: v for a, v in values.items() if not a.startswith(_SHARED)})
+        if self.shared is not None:
+            self.shared.restore({a.removeprefix(_SHARED): v for a, v in values.items() if a.startswith(_SHARED)})
+
     def delta_of(self, values: Mapping[str, np.ndarray]) -> Tensor:
         """`delta_weight` for other values of the weights."""
         now = self.snapshot()
@@ -132,12 +201,6 @@ class Patch(nn.Cell):
             return Tensor(to_numpy(self.delta_weight()).copy())
         finally:
             self.restore(now)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: these weights stand in the tree, and in a `state_dict`, under the paths that HF gives them."""
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, see `_save_to_state_dict`."""
 
     def cast(self, x: Tensor) -> Tensor:
         """Give a layer's input the dtype of this Patch's weights."""

@@ -169,8 +169,8 @@ def cast_adapter_dtype(model: nn.Cell, adapter_name: str) -> None:
 def _to_float32(layer: TunerLayer, name: str) -> None:
     """New Parameters in the place of an adapter's weights here: a Parameter cannot change its dtype."""
     patch = layer.adapters[name]
-    for attribute in patch.keys:
-        old = getattr(patch, attribute)
+    for holder, attribute, _ in patch.placed():
+        old = getattr(holder, attribute)
         new = Parameter(Tensor(as_float32(to_numpy(old))), name=old.name, requires_grad=old.requires_grad)
-        layer.replace_weight(name, attribute, new)
+        layer.replace_weight(name, attribute, new, shared=holder is not patch)
     patch.dtype = ms.float32

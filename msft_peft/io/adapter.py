@@ -22,7 +22,7 @@ from msft_peft.backend.torch_pickle import read_torch
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig
 from msft_peft.core.inject import Adapter, lies_inside
-from msft_peft.core.keys import BASE, PREFIX
+from msft_peft.core.keys import BASE, PREFIX, in_file
 from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
@@ -47,7 +47,7 @@ def save_tensors(directory: Path, name: str, entries: Mapping[str, Named], prefi
         prefix: stands before the keys and the parameter names.
     """
     ordered = sorted(entries.items())
-    arrays = {prefix + key: named.read() for key, named in ordered}
+    arrays = {in_file(prefix, key): named.read() for key, named in ordered}
     with replacing(directory / SAFETENSORS_NAME) as path:
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
     # MindSpore knows a tied parameter by its first name alone.

@@ -13,7 +13,7 @@ from mindspore import Tensor, nn
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named, get_child, named_parameters
 from msft_peft.core.inject import Adapter
-from msft_peft.core.keys import PREFIX
+from msft_peft.core.keys import PREFIX, in_file
 from msft_peft.core.layer import Wrapper
 from msft_peft.core.patch import Patch
 from msft_peft.errors import LoadError, MergeError, PeftWarning
@@ -116,7 +116,7 @@ class Fit:
 def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
     """Compare tensors with what `adapter` needs, in the model or still outside it; nothing is written."""
     prefix = adapter.prefix
-    entries = {prefix + key: named for key, named in adapter.needed(model).items()}
+    entries = {in_file(prefix, key): named for key, named in adapter.needed(model).items()}
     # A file may also carry the base model's embeddings, see `embeddings_of`.
     carried = {prefix + key: named for key, named in embeddings_of(model, adapter).items()}
     arrays = by_key(tensors, adapter, model)
@@ -134,7 +134,7 @@ def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
     report = LoadReport(
         adapter_name=adapter.name,
         origin=str(tensors.origin),
-        applied=tuple(prefix + named.key for named, _ in pairs),
+        applied=tuple(in_file(prefix, named.key) for named, _ in pairs),
         missing_keys=tuple(missing),
         unexpected_keys=tuple(sorted(arrays.keys() - entries.keys())),
         mismatched=tuple(mismatched),
@@ -228,12 +228,12 @@ def by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.n
         LoadError: two tensors have the same key.
     """
     prefix = adapter.prefix
-    entries = {prefix + key: named for key, named in adapter.needed(model).items()}
+    entries = {in_file(prefix, key): named for key, named in adapter.needed(model).items()}
     entries |= {prefix + key: named for key, named in embeddings_of(model, adapter).items()}
     known: dict[str, str] = {}
     for name in {"default", adapter.name, tensors.adapter or adapter.name}:
         for key, named in replace(adapter, name=name).needed(model).items():
-            known |= {named.local: prefix + key, prefix + named.local: prefix + key}
+            known |= dict.fromkeys((named.local, prefix + named.local), in_file(prefix, key))
         known |= {f"prompt_encoder.{name}.prompt_embeddings": "prompt_embeddings"}
     known |= {key.removeprefix(PREFIX): key for key in entries} | {key: key for key in entries}
     arrays: dict[str, np.ndarray] = {}

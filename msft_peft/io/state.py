@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn
 from msft_peft.backend.tree import Named, torch_shape
 from msft_peft.core import inject, switch
 from msft_peft.core.inject import Adapter
-from msft_peft.core.keys import PREFIX
+from msft_peft.core.keys import PREFIX, in_file
 from msft_peft.core.layer import Wrapper
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import LoadError
@@ -56,7 +56,7 @@ def get_peft_model_state_dict(
         entries = adapter.entries(base) | beside
     else:
         entries = entries_from(state_dict, adapter, base, prefix)[1] | taken_from(state_dict, beside, prefix)
-    return {prefix + key: Tensor(named.read().copy()) for key, named in sorted(entries.items())}
+    return {in_file(prefix, key): Tensor(named.read().copy()) for key, named in sorted(entries.items())}
 
 
 def set_peft_model_state_dict(

@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Parameter, nn
 
 from msft_peft.core import inject
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
+from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, fixed_in, wrappers
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
 
@@ -154,10 +154,16 @@ def _layer_status(name: str, wrapper: Wrapper, base: nn.Cell) -> TunerLayerStatu
         enabled=wrapper.enabled,
         active_adapters=_active(wrapper, base),
         merged_adapters=wrapper.merged_adapters if isinstance(wrapper, TunerLayer) else [],
-        requires_grad={key: _agreed([p.requires_grad for p in cell.get_parameters()]) for key, cell in held.items()},
+        requires_grad={key: _agreed([p.requires_grad for p in _trained(cell)]) for key, cell in held.items()},
         available_adapters=sorted(held),
         devices={key: _devices(cell.get_parameters()) for key, cell in held.items()},
     )
+
+
+def _trained(cell: nn.Cell) -> list[Parameter]:
+    """An adapter's parameters there, without what is never trained."""
+    fixed = {id(p) for p in fixed_in(cell)}
+    return [p for p in cell.get_parameters() if id(p) not in fixed]
 
 
 def _module_type(wrapper: Wrapper, base: nn.Cell) -> str:

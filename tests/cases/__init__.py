@@ -118,8 +118,23 @@ def weights_of(model: nn.Cell, adapter: str) -> list[Parameter]:
 
 
 def fixed_of(model: nn.Cell) -> list[Parameter]:
-    """What adapters keep in files and never train."""
-    return [p for layer in layers_of(model) for patch in layer.adapters.values() for p in fixed_in(patch)]
+    """What adapters never train."""
+    found = [p for layer in layers_of(model) for patch in layer.adapters.values() for p in fixed_in(patch)]
+    return list({id(p): p for p in found}.values())
+
+
+def kept_of(model: nn.Cell) -> list[Parameter]:
+    """What adapters never train and keep in files."""
+    patches = [patch for layer in layers_of(model) for patch in layer.adapters.values()]
+    shared = [patch.shared for patch in patches if patch.shared is not None]
+    made = {id(getattr(holder, attribute)) for holder in [*patches, *shared] for attribute in holder.unsaved}
+    return [p for p in fixed_of(model) if id(p) not in made]
+
+
+def shared_keys(model: nn.Cell) -> set[str]:
+    """The keys in files of what all layers of an adapter share."""
+    shared = [patch.shared for layer in layers_of(model) for patch in layer.adapters.values() if patch.shared]
+    return {f"base_model.{key}" for cell in shared for key in cell.keys.values()}
 
 
 def layers_of(model: nn.Cell) -> list[TunerLayer]:

@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy
 
 from msft_peft import PeftModel
-from tests.cases import Case, block_cases, output, shake
+from tests.cases import Case, block_cases, fixed_of, output, shake
 from tests.tolerances import assert_same
 
 # Parts of `base_model.model.layers.0.attn.q.base_layer.weight` and of what LoRA and its kin add to it.
@@ -23,6 +23,7 @@ def with_another(case: Case, name: str) -> tuple[PeftModel, PeftModel]:
     model, plain = case.adapted(), case.adapted()
     own = {id(p) for p in model.get_parameters()}
     model.add_adapter(name, case.config())
+    own |= {id(p) for p in fixed_of(model)}
     shake((p for p in model.get_parameters() if id(p) not in own), seed=2)
     return model, plain
 

@@ -172,6 +172,9 @@ METHOD_CASES = {
         other("LNTuning", "embedding", "embedding", "emb"),
         other("TrainableTokens", "embedding", "embedding", "emb", token_indices=[7, 2, 5]),
         other("TrainableTokens", "head", "mlp", "lin1", token_indices=[1, 6]),
+        other("Vera", "linear", "mlp", "lin0", "lin1", "out", r=5, bias="vera_only"),
+        other("Vera", "seed", "blocks", "q_proj", "up", r=3, projection_prng_key=2**33 + 5, save_projection=False),
+        other("Vera", "hf_conv1d", "gpt2", "c_attn", "c_proj", r=3, fan_in_fan_out=True),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

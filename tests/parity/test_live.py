@@ -27,6 +27,7 @@ def hf_load(the_case: Case, weights, folder, **options) -> HfPeftModel:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="LoRA adapter added to ConvNd layer with groups > 1")
         warnings.filterwarnings("ignore", message="Unsupported layer type .*LayerNorm")
+        warnings.filterwarnings("ignore", message="Specified to not (save|load)")
         module = theirs.build(the_case.net, weights)
         return HfPeftModel.from_pretrained(module, folder, is_trainable=True, **options).eval()
 
