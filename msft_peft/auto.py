@@ -16,7 +16,7 @@ from msft_peft.backend.hub import fetch_optional
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core.keys import PREFIX
 from msft_peft.errors import ConfigError, NoBaseModelError
-from msft_peft.hosts import input_table, output_head
+from msft_peft.hosts import hf_names, input_table, output_head
 from msft_peft.hosts.providers import PROVIDERS
 from msft_peft.io.adapter import read_tensors
 from msft_peft.model import (
@@ -291,7 +291,8 @@ def _resize(base: nn.Cell, arrays: Mapping[str, Any], tokens: int) -> None:
 
 def _trained_tokens(base: nn.Cell, arrays: Mapping[str, Any]) -> int | None:
     """The size of the vocabulary that the adapter's tensors at the embedding or the head show, if there are any."""
-    paths = {id(cell): path for path, cell in base.cells_and_names()}
+    hf_name = hf_names(base)
+    paths = {id(cell): hf_name(path) for path, cell in base.cells_and_names()}
     for layer in (input_table(base), output_head(base)):
         path = paths.get(id(layer))
         if path is None:

@@ -1,14 +1,25 @@
 """One op per layer kind: how that layer applies a weight that comes from outside.
 
 `op(x, w)` is what the base layer does with its own weight, bias left out; `op.mix(h, w)` mixes the output channels of
-such a result: the second half of a low-rank product. Weights come in torch's layout. Only kernels that CPU, GPU and
-Ascend all have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
+such a result: the second half of a low-rank product, which `op.add(y, delta)` adds to the layer's output. `op.base(x,
+w)` is `op(x, w)` for the base weight itself. Weights come in torch's layout. Only kernels that CPU, GPU and Ascend all
+have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
 """
 
 from mindspore import Parameter, Tensor, nn, ops
 
 
-class DenseOp(nn.Cell):
+class Op(nn.Cell):
+    """What all of them share."""
+
+    def base(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.construct(x, w)
+
+    def add(self, y: Tensor, delta: Tensor) -> Tensor:
+        return ops.add(y, delta)
+
+
+class DenseOp(Op):
     """y = x·Wᵀ for x (*, in) and W (out, in)."""
 
     def __init__(self) -> None:
@@ -35,7 +46,7 @@ class EmbeddingOp(DenseOp):
         return ops.reshape(y, (*h.shape[:-1], w.shape[0]))
 
 
-class ConvOp(nn.Cell):
+class ConvOp(Op):
     """y = x ∗ W for x (N, in, spatial...) and W (out, in / groups, kernel...), in one, two or three dimensions.
 
     Args:
@@ -93,5 +104,5 @@ class ConvOp(nn.Cell):
 
 
 def add_bias(y: Tensor, bias: Parameter | None) -> Tensor:
-    """Add `bias`, if there is one, along the last axis of y."""
-    return y if bias is None else ops.add(y, bias)
+    """Add `bias`, if there is one, along the last axis of y, whose dtype is kept."""
+    return y if bias is None else ops.add(y, ops.cast(bias, y.dtype))

@@ -77,6 +77,8 @@ def names_prefix(root: nn.Cell) -> str:
 
 def torch_name(owner: nn.Cell, local: str) -> str:
     """What torch calls the parameter `local` of the stock Cell `owner` (`gamma` -> `weight`); other names are kept."""
+    if local == "embedding_weight":  # of MindFormers' embeddings
+        return "weight"
     return _TORCH_NAMES.get(local, local) if isinstance(owner, _NORMS_AND_TABLES) else local
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from msft_peft.errors import ConfigError
+from msft_peft.hosts.name_maps import NAME_MAPS
 from msft_peft.io.conversion import convert
 from msft_peft.io.mindpet import mindpet_to_peft, peft_to_mindpet
-from msft_peft.io.name_maps import NAME_MAPS
 
 _DESCRIPTION = """\
 Convert weights between HuggingFace's files and MindSpore's checkpoints, without torch and without the model:

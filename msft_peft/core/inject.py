@@ -4,7 +4,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,8 +23,10 @@ from msft_peft.core.layer import (
     Wrapper,
     outer_cells,
     site_of,
+    tuner_layer,
     wrappers,
 )
+from msft_peft.core.naming import named_as_in_hf, translate
 from msft_peft.core.parameter import ParameterLayer
 from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.prompt import PREFIX_STATES, Prompts, VirtualTokens, completed, prompts_of, word_embeddings
@@ -33,7 +35,7 @@ from msft_peft.core.routing import Routing, routing_of
 from msft_peft.core.targets import match_targets, matches_name, resolve_targets
 from msft_peft.core.tied import copies_of, say_ties, tied_embeddings
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
-from msft_peft.hosts import Site, model_config
+from msft_peft.hosts import Site, hf_names, model_config
 from msft_peft.registry import Method, method_of
 
 # Heads that task classes ask to be trained whole without knowing which of them a model has.
@@ -91,18 +93,20 @@ class Adapter:
     def _tensors(self, model: nn.Cell, prompt: dict[str, Named]) -> dict[str, Named]:
         place = f"prompt_encoder.{self.name}"
         found = {key: named._replace(local=f"{place}.{named.local}") for key, named in prompt.items()}
+        hf_name = hf_names(model)
         for path, patch in self.patches.items():
             for holder, attribute, suffix in patch.placed():
                 if attribute in holder.unsaved:
                     continue
                 p, (place, rest) = getattr(holder, attribute), place_of(suffix)
                 local = ".".join(part for part in (path, place, self.name, rest) if part)
-                key = f"{path}.{suffix}" if holder is patch else BESIDE + suffix
+                key = f"{hf_name(path)}.{suffix}" if holder is patch else BESIDE + suffix
                 shape, blocks = holder.shape_of(attribute), holder.blocks_of(attribute)
                 found[key] = Named(key, local, p, shape, blocks, patch.turned)
         for path, module in self.modules.items():
             for named in named_parameters(module, tied=True):
-                key = f"{self.inside}{path}.{named.key}"
+                owner, _, leaf = f"{path}.{named.key}".rpartition(".")
+                key = f"{self.inside}{hf_name(owner)}.{leaf}"
                 local = f"{self.inside}{path}.modules_to_save.{self.name}.{named.local}"
                 found[key] = named._replace(key=key, local=local)
         return found | self.biases(model)
@@ -112,7 +116,7 @@ class Adapter:
         kind = getattr(self.config, "bias", "none")
         if kind == "none":
             return {}
-        held = held_ids(model)
+        held, hf_name = held_ids(model), hf_names(model)
         adapted = set(self.patches) | {path for path, w in wrappers(model) if isinstance(w, TunerLayer)}
         found = {}
         for named in named_parameters(model):
@@ -128,7 +132,9 @@ class Adapter:
                 while inner.removesuffix(".") in adapted:  # more than one wrapper where parameters are adapted
                     inner += "base_layer."
                 named = named._replace(key=inner + leaf, local=inner + named.local.rpartition(".")[2])
-            found[named.key] = named
+            place, _, leaf = named.key.rpartition(".")
+            key = f"{hf_name(owner)}{place.removeprefix(owner)}.{leaf}"
+            found[key] = named._replace(key=key)
         return found
 
 
@@ -176,19 +182,24 @@ def prepare(
     assert isinstance(config, TargetedConfig)
     blocks = replicated(model, getattr(config, "layer_replication", None), len(configs_of(model).keys() - {name}))
     cells = outer_cells(model) if blocks is None else blocks.seen(model)
-    targets = resolve_targets(config, method, model, cells)
+    # A config speaks HF's names; from here on `places` says where each of them is.
+    places = named_as_in_hf(cells, hf_names(model))
+    seen = {name: cells[path] for name, path in places.items()}
+    translate(config, places)
+    targets = resolve_targets(config, method, model, seen)
     config.target_modules = targets if isinstance(targets, str) else sorted(targets)
     if method.settle is not None:
         method.settle(config, model_config(model))
-    sites = _sites(config, cells, match_targets(config, cells))
+    sites = _sites(config, seen, match_targets(config, seen), places)
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
     _check_parameters(model, config, name)
     tied, ensure = tied_embeddings(model, cells), getattr(config, "ensure_weight_tying", False)
-    modules = _modules_to_save(config, cells)
+    whole = _modules_to_save(config, seen)
+    modules = {places[name]: cell for name, cell in whole.items()}
     if tied is not None and ensure and tied.paths & set(modules):
         modules |= {site.path: site.layer for site in tied}
-    _say_paths(config, modules, cells)
+    _say_paths(config, whole, seen)
     classes = method.patches_for(config)
     with _bare(model, name):
         made = (config, autocast, low_cpu_mem_usage)
@@ -277,7 +288,7 @@ def _wrap(model: nn.Cell, adapter: Adapter) -> None:
     for path, patch in adapter.patches.items():
         if path not in there and patch.site.kind != "parameter":
             cell = get_child(model, path)
-            new[id(cell)] = TunerLayer(cell, patch.site, routing)
+            new[id(cell)] = tuner_layer(cell, patch.site, routing)
     for path in set(adapter.modules) - there:
         cell = get_child(model, path)
         new[id(cell)] = ModulesToSaveWrapper(cell, routing)
@@ -438,7 +449,10 @@ def inject_adapter_in_model(
     return model
 
 
-def _sites(config: TargetedConfig, cells: dict[str, nn.Cell], paths: list[str]) -> dict[str, Site]:
+def _sites(
+    config: TargetedConfig, cells: dict[str, nn.Cell], paths: list[str], places: Mapping[str, str]
+) -> dict[str, Site]:
+    """The Sites at these of HF's names, by their places in the model."""
     method, variant = method_of(config), getattr(config, "variant", "")
     kinds, what = method.patches_for(config), f"{method.name} ({variant})" if variant else method.name
     found = {}
@@ -450,13 +464,17 @@ def _sites(config: TargetedConfig, cells: dict[str, nn.Cell], paths: list[str]) 
                 f"Target module {path} ({type(cell).__name__}) is not supported. Currently, only these kinds of "
                 f"layers are supported by {what}: {sorted(kinds)}. Name such layers, or 'all-linear'."
             )
-        found[path] = site
+        found[places[path]] = site
     return found
 
 
 def _settle_fan_in_fan_out(config: TargetedConfig, sites: Iterable[Site]) -> None:
     """The layers know how they store their weights: a config that says otherwise is corrected, with a warning."""
-    stored = {site.transposed for site in sites if site.kind == "dense"}
+    stored = {
+        site.transposed if site.fan_in_fan_out is None else site.fan_in_fan_out
+        for site in sites
+        if site.kind == "dense"
+    }
     said = getattr(config, "fan_in_fan_out", None)
     if said is None or len(stored) != 1 or said in stored:
         return

@@ -12,6 +12,7 @@ from msft_peft.config import PeftConfig, TargetedConfig
 from msft_peft.core.layer import outer_cells, site_of
 from msft_peft.core.targets import match_targets, resolve_targets
 from msft_peft.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning
+from msft_peft.hosts import hf_names
 from msft_peft.registry import method_of
 
 # Where HF's wrappers put the base model; part of every key in an adapter's files.
@@ -42,7 +43,8 @@ def narrowed(config: PeftConfig, model: nn.Cell, keys: Iterable[str]) -> PeftCon
     """
     if not isinstance(config, TargetedConfig):
         return config
-    cells, keys = outer_cells(model), list(keys)
+    hf_name = hf_names(model)
+    cells, keys = {hf_name(path): cell for path, cell in outer_cells(model).items()}, list(keys)
     paths, strangers = _owners(keys, model, cells)
     if not paths:
         raise NoMatchingPeftModuleError(

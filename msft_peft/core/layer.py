@@ -141,10 +141,14 @@ class TunerLayer(Wrapper):
         inherit_mode(self, base)
 
     def construct(self, x: Tensor) -> Tensor:
+        return self.adapted(x)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """The layer's output with its adapters in effect."""
         if self.routing.names:
             return self._routed(x)
         if not self.adapting:
-            return self.base_layer(x)
+            return self._base_output(x)
         if self.replacing:
             return self.adapters[self.active[0]].instead(x)
         if self.reweighing:
@@ -223,11 +227,15 @@ class TunerLayer(Wrapper):
             y = ops.cast(y, dtype)
         return y if self.activation is None else self.activation(y)
 
+    def _base_output(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
     def _linear(self, x: Tensor) -> Tensor:
-        """The base layer without the activation that a `nn.Dense` may have fused: deltas go in before that."""
+        """The base layer without the activation that it may have fused: deltas go in before that."""
         if self.activation is None:
-            return self.base_layer(x)
-        return add_bias(self.op(x, self.base_layer.weight), self.base_layer.bias)
+            return self._base_output(x)
+        w = self.site.from_storage(self.base_layer.weight)
+        return add_bias(self.op.base(x, w), self.base_layer.bias)
 
     # --- what is here -------------------------------------------------------------------------------------------
 
@@ -476,6 +484,25 @@ class TunerLayer(Wrapper):
             if patches and all(_has(patch, name) for patch in patches.values()):
                 return {key: getattr(patch, name) for key, patch in patches.items()}
             raise
+
+
+class PairedTunerLayer(TunerLayer):
+    """A TunerLayer for a layer that returns (output, bias): None, or a bias that whoever calls it is to add."""
+
+    def __init__(self, base: nn.Cell, site: Site, routing: Routing) -> None:
+        super().__init__(base, site, routing)
+        self.leaves_bias = site.bias is not None and base.skip_bias_add
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.adapted(x), self.base_layer.bias if self.leaves_bias else None
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)[0]
+
+
+def tuner_layer(base: nn.Cell, site: Site, routing: Routing) -> TunerLayer:
+    """The TunerLayer that can stand in the place of `base`."""
+    return (PairedTunerLayer if site.paired else TunerLayer)(base, site, routing)
 
 
 class ModulesToSaveWrapper(Wrapper):

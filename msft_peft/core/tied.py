@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from mindspore import nn
@@ -31,7 +32,9 @@ def tied_embeddings(model: nn.Cell, cells: Mapping[str, nn.Cell]) -> Tied | None
     """
     paths = {id(cell): path for path, cell in cells.items()}
     ends = [cell for cell in (input_table(model), output_head(model)) if id(cell) in paths]
-    sites = [site for cell in ends if (site := site_of(cell, paths[id(cell)])) is not None]
+    found = [(site_of(cell, paths[id(cell)]), paths[id(cell)]) for cell in ends]
+    # A Site's own path is HF's.
+    sites = [replace(site, path=path) for site, path in found if site is not None]
     return Tied(*sites) if len(sites) == 2 and sites[0].weight is sites[1].weight else None
 
 

@@ -1,78 +1,11 @@
 """Plain Cells: which layers can be tuned, and how each of them holds and applies its weight."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from mindspore import Parameter, Tensor, mint, nn, ops
+from mindspore import mint, nn
 
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
 from msft_peft.backend.tree import get_child
-
-LINEAR = "dense"
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in a model that can be tuned.
-
-    Attributes:
-        path: dotted path below the model's root.
-        kind: "dense", "embedding", "conv1d", "conv2d", "conv3d", "norm", or "parameter" for one that no layer applies.
-        in_features, out_features: channels; for an embedding, the vocabulary and the dimension.
-        shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...); a
-            parameter's own.
-        op: applies a weight of that layout as the layer applies its own, see `backend.ops`.
-        layer: the Cell itself. A Site is no Cell, so nothing below it shows up twice in the tree; compiled code reads
-            its parameters all the same.
-        weight_name, bias_name: the attributes that hold the weight and the bias.
-        transposed: the layer stores (in, out) (GPT-2's `Conv1D`).
-        groups: of a convolution.
-        channel_axis: the axis of the layer's outputs that its bias goes with.
-        activation: what a `nn.Dense` applies after its bias; a delta must go in before it.
-    """
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    shape: tuple[int, ...]
-    op: nn.Cell
-    layer: nn.Cell = field(repr=False, compare=False)
-    weight_name: str = "weight"
-    bias_name: str = "bias"
-    transposed: bool = False
-    groups: int = 1
-    channel_axis: int = -1
-    activation: nn.Cell | None = None
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition(".")[2]
-
-    @property
-    def weight(self) -> Parameter:
-        """The layer's own weight, as stored."""
-        # Past attribute access, which may give an adapted weight, see `core.parameter`.
-        return self.layer._params[self.weight_name]
-
-    @property
-    def dtype(self) -> Any:
-        """The weight's dtype."""
-        return self.weight.dtype
-
-    @property
-    def bias(self) -> Parameter | None:
-        """The layer's own bias, if it has one. Where it may be trained, compiled code must read `layer.bias`."""
-        return getattr(self.layer, self.bias_name, None)
-
-    def from_storage(self, w: Tensor) -> Tensor:
-        """A weight as the layer stores it -> torch's layout."""
-        return ops.transpose(w, (1, 0)) if self.transposed else ops.reshape(w, self.shape)
-
-    def to_storage(self, w: Tensor, stored_shape: tuple[int, ...]) -> Tensor:
-        """Torch's layout -> as the layer stores it."""
-        return ops.transpose(w, (1, 0)) if self.transposed else ops.reshape(w, stored_shape)
+from msft_peft.hosts.host import Host
+from msft_peft.hosts.site import LINEAR, Site
 
 
 def _dense(cell: nn.Cell, path: str) -> Site:
@@ -198,22 +131,4 @@ def parameter_site(model: nn.Cell, owner: str, name: str) -> Site:
     return Site(owner, "parameter", columns, rows, tuple(p.shape), DenseOp(), layer, weight_name=name)
 
 
-def model_config(model: nn.Cell) -> dict[str, Any]:
-    """The model's own config as a dict; `{"model_type": "custom"}` where it has none."""
-    config = getattr(model, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    if callable(to_dict):
-        config = to_dict()
-    return dict(config) if isinstance(config, Mapping) else {"model_type": "custom"}
-
-
-def input_table(model: nn.Cell) -> nn.Cell | None:
-    """The layer that turns tokens into vectors, if the model names it (`get_input_embeddings`)."""
-    get = getattr(model, "get_input_embeddings", None)
-    return get() if callable(get) else None
-
-
-def output_head(model: nn.Cell) -> nn.Cell | None:
-    """The layer that turns hidden states into logits, if the model names it (`get_output_embeddings`)."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+HOST = Host("cells", owns=lambda thing: True, describe=describe)

@@ -26,7 +26,7 @@ from msft_peft.core.keys import BASE, PREFIX, in_file
 from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
-from msft_peft.hosts import input_table, output_head
+from msft_peft.hosts import hf_names, input_table, output_head
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 CKPT_NAME = "adapter_model.ckpt"
@@ -255,7 +255,7 @@ def with_copies_in(tensors: Tensors, config: PeftConfig, model: nn.Cell) -> Peft
     prefix = BASE if config.is_prompt_learning else PREFIX
     held = {
         path
-        for path in outer_cells(model)
+        for path in map(hf_names(model), outer_cells(model))
         if path.endswith(tuple(names)) and any(key.startswith(f"{prefix}{path}.") for key in tensors.arrays)
     }
     extra = {path for path in held if not matches_name(path, names)}
@@ -275,7 +275,7 @@ def embeddings_of(model: nn.Cell, adapter: Adapter) -> dict[str, Named]:
         path, base = cells[id(layer)], layer.base() if isinstance(layer, Wrapper) else layer
         if lies_inside(path, adapter.modules):
             continue  # the adapter has a copy of its own
-        inner = f"{path}.base_layer" if path in adapter.patches else path
+        inner = hf_names(model)(path) + (".base_layer" if path in adapter.patches else "")
         for named in named_parameters(base, adapter.inside + inner):
             if named.key.endswith(".weight"):
                 found[named.key] = named
@@ -307,9 +307,8 @@ def embeddings_to_save(model: nn.Cell, adapter: Adapter, wanted: bool | str) -> 
                 stacklevel=4,
             )
         return found
-    targeted = {
-        key: named for key, named in found.items() if key.removesuffix(".base_layer.weight") in adapter.targets
-    }
+    targets = set(map(hf_names(model), adapter.targets))
+    targeted = {key: named for key, named in found.items() if key.removesuffix(".base_layer.weight") in targets}
     if targeted:
         warnings.warn(
             "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",

@@ -17,6 +17,7 @@ from msft_peft.core.keys import PREFIX, in_file
 from msft_peft.core.layer import Wrapper
 from msft_peft.core.patch import Patch
 from msft_peft.errors import LoadError, MergeError, PeftWarning
+from msft_peft.hosts import hf_names
 from msft_peft.io.adapter import Tensors, embeddings_of
 
 
@@ -208,10 +209,13 @@ def _beside_patches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(new value, the base model's) of what is no Patch's weight: copies of layers, biases, embeddings."""
     originals: dict[str, Named] = {}
+    hf_name = hf_names(model)
     for path in adapter.modules:
         cell = get_child(model, path)
         base = cell.base() if isinstance(cell, Wrapper) else cell
-        originals |= {named.key: named for named in named_parameters(base, path, tied=True)}
+        for named in named_parameters(base, path, tied=True):
+            owner, _, leaf = named.key.rpartition(".")
+            originals[f"{hf_name(owner)}.{leaf}"] = named
     mine = {id(p) for patch in adapter.patches.values() for p in patch.get_parameters()}
     for named, array in pairs:
         if id(named.parameter) not in mine:

@@ -18,11 +18,11 @@ from msft_peft.config import PeftConfig
 from msft_peft.core.keys import PREFIX
 from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
+from msft_peft.hosts.name_maps import NameMap, name_map
 from msft_peft.io.adapter import SAFETENSORS_NAME, read_arrays, read_tensors, write_arrays
 from msft_peft.io.card import About, write_card
 from msft_peft.io.factors import Arrays, filled, joined_output, rescaled, split_output
 from msft_peft.io.mindpet_prefix import PROMPT, has_prefix, prefix_to_hf, prefix_to_mindpet
-from msft_peft.io.name_maps import NameMap, name_map
 from msft_peft.io.pet_config import from_pet_config, to_pet_config
 
 _ADAPTER = r"(?:\.mindpet_delta_adapter)?\.mindpet_delta_adapter_block\.mindpet_delta_adapter_(down|up)_sampler\."

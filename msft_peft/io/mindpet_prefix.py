@@ -13,8 +13,8 @@ import numpy as np
 
 from msft_peft.backend.arrays import as_float32
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
+from msft_peft.hosts.name_maps import NameMap
 from msft_peft.io.factors import Arrays
-from msft_peft.io.name_maps import NameMap
 
 PROMPT = "prompt_embeddings"
 _ENCODER = re.compile(r"(?:.*\.)?mindpet_delta_(?:ptuning2|prefixtuning)_(prefix|(?:embedding|trans|dense).*)")

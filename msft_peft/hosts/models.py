@@ -1,0 +1,58 @@
+"""What is asked of a model or a layer, whichever library it is from."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mindspore import nn
+
+from msft_peft.hosts import cells, mindformers
+from msft_peft.hosts.host import Host
+from msft_peft.hosts.site import Site
+
+# The first that owns a thing is asked; plain Cells come last, since those of all libraries are that too.
+HOSTS = (mindformers.HOST, cells.HOST)
+
+
+def host_of(thing: Any) -> Host:
+    """The host whose model or layer this is."""
+    return next(host for host in HOSTS if host.owns(thing))
+
+
+def describe(cell: nn.Cell, path: str) -> Site | None:
+    """The Site that `cell` is, or None if it is no layer that can be tuned."""
+    return host_of(cell).describe(cell, path)
+
+
+def hf_names(model: nn.Cell) -> Callable[[str], str]:
+    """A function from the path of a layer, or of a part of one, to what HF calls it; the same where that is not known.
+
+    A layer that holds several of HF's keeps its own name.
+    """
+    names = host_of(model).names_of(model)
+
+    def hf_name(path: str) -> str:
+        if names is None:
+            return path
+        found = names.to_hf(path)
+        return found[0] if len(found) == 1 else path
+
+    return hf_name
+
+
+def model_config(model: nn.Cell) -> dict[str, Any]:
+    """The model's own config as a dict; `{"model_type": "custom"}` where it has none."""
+    config = getattr(model, "config", None)
+    to_dict = getattr(config, "to_dict", None)
+    if callable(to_dict):
+        config = to_dict()
+    return dict(config) if isinstance(config, Mapping) else {"model_type": "custom"}
+
+
+def input_table(model: nn.Cell) -> nn.Cell | None:
+    """The layer that turns tokens into vectors, if the model tells."""
+    return host_of(model).input_table(model)
+
+
+def output_head(model: nn.Cell) -> nn.Cell | None:
+    """The layer that turns hidden states into logits, if the model tells."""
+    return host_of(model).output_head(model)
