@@ -200,14 +200,8 @@ def prepare(
     if tied is not None and ensure and tied.paths & set(modules):
         modules |= {site.path: site.layer for site in tied}
     _say_paths(config, whole, seen)
-    classes = method.patches_for(config)
     with _bare(model, name):
-        made = (config, autocast, low_cpu_mem_usage)
-        shared = None if method.shared is None else method.shared(sites.values(), *made)
-        given = made if shared is None else (*made, shared)
-        patches = {path: classes[site.kind](site, *given) for path, site in sites.items()}
-        if shared is not None:
-            next(iter(patches.values())).leads = True
+        patches = _patches(method, sites, config, autocast, low_cpu_mem_usage)
         if method.extras is not None:
             extras = method.extras(model, config, cells, patches, tied, autocast, low_cpu_mem_usage)
             # A Patch may stand in the place of one at a target, if it rides on another or is that one.
@@ -217,6 +211,19 @@ def prepare(
     _check_residual(model, name, patches)
     say_ties(tied, {*(path for path, patch in patches.items() if not patch.auxiliary), *modules}, ensure)
     return Adapter(name, config, patches, copies_of(modules, tied if ensure else None), blocks)
+
+
+def _patches(
+    method: Method, sites: dict[str, Site], config: TargetedConfig, autocast: bool, low_cpu_mem_usage: bool
+) -> dict[str, Patch]:
+    """A Patch for each site; the first one leads, if they share weights."""
+    classes, given = method.patches_for(config), (config, autocast, low_cpu_mem_usage)
+    if method.shared is None:
+        return {path: classes[site.kind](site, *given) for path, site in sites.items()}
+    shared = method.shared(sites.values(), *given)
+    patches = {path: classes[site.kind](site, *given, shared) for path, site in sites.items()}
+    next(iter(patches.values())).leads = True
+    return patches
 
 
 def _prepare_prompt(model: nn.Cell, config: PromptLearningConfig, name: str, low_cpu_mem_usage: bool) -> Adapter:

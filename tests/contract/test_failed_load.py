@@ -124,7 +124,7 @@ def test_all_faults_are_listed_at_once(first: Case, folder: Path):
     removed = []
 
     def change(tensors: dict[str, np.ndarray]) -> None:
-        # Half of them go, the others change their shapes: in all methods there are two at least.
+        # Half of them go, the others change their shapes.
         keys = sorted(tensors)
         for i, key in enumerate(keys[:4]):
             del tensors[key]
@@ -136,7 +136,8 @@ def test_all_faults_are_listed_at_once(first: Case, folder: Path):
     edit_tensors(folder, change)
     with pytest.raises(LoadError) as error:
         PeftModel.from_pretrained(first.base(), folder)
-    for part in (*removed, "stray.one", "stray.two", "(1, 10)", "Nothing was changed", str(folder / WEIGHTS)):
+    misshapen = ["(1, 10)"] if len(removed) > 1 else []
+    for part in (*removed, *misshapen, "stray.one", "stray.two", "Nothing was changed", str(folder / WEIGHTS)):
         assert part in str(error.value)
 
 

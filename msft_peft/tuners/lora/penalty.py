@@ -26,7 +26,7 @@ class Penalty(nn.Cell):
     def construct(self) -> Any:
         total = 0.0
         for reference in self.sums:
-            total = total + reference.patch.penalty()
+            total = total + reference.cell.penalty()
         for reference in self.means:
-            total = total + reference.patch.penalty() / len(self.means)
+            total = total + reference.cell.penalty() / len(self.means)
         return total
