@@ -293,10 +293,14 @@ def he_uniform() -> Initializer:
     return HeUniform(negative_slope=math.sqrt(5))
 
 
+# What HF's modules call the tensors of their own.
+_OWN = ("weight", "bias", "std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights")
+
+
 def place_of(key: str) -> tuple[str, str]:
     """Where in a key HF puts the adapter's name: after the first part of the pair.
 
     "lora_A.weight" -> ("lora_A", "weight"), but "lora_embedding_A" -> ("lora_embedding_A", "").
     """
     stem, _, leaf = key.rpartition(".")
-    return (stem, leaf) if stem and leaf in ("weight", "bias") else (key, "")
+    return (stem, leaf) if stem and leaf in _OWN else (key, "")

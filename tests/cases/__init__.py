@@ -33,6 +33,7 @@ class Case:
         life: it is also tested on what does not depend on the kind of layer: files, switches, failures.
         residual: the base weights give up what the fresh adapter adds, so that they are not what they were beside it.
         descent: what part of the loss 20 steps of SGD leave at most: more where a method can do little here.
+        idle: names of weights that have no part in evaluation, and no gradient there.
         method: filled in by `all_cases`.
     """
 
@@ -47,6 +48,7 @@ class Case:
     life: bool = False
     residual: bool = False
     descent: float = 0.8
+    idle: tuple[str, ...] = ()
     method: Method = field(default=None, repr=False)  # type: ignore[assignment]
 
     @property

@@ -64,6 +64,7 @@ def case(name: str, net: str, *targets: str, merges: bool = True, **config: Any)
 
 
 BLOCKS = {"target_modules_bd_a": ["lin0"], "target_modules_bd_b": ["lin1"], "nblocks": 2}
+MONTE = {"num_samples": 3, "use_entropy": True, "sample_scaler": 0.3, "kl_loss_weight": 0.01, "buffer_size": 2}
 MIXED = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["up"], "nblocks": 2, "match_strict": False}
 CASES = {
     c.name: c
@@ -114,6 +115,10 @@ CASES = {
         case("bdlora_bias", "mlp", "lin0", use_bdlora=BLOCKS, lora_bias=True, use_rslora=True),
         case("kasa", "mlp", "lin0", "lin1", kasa_config={"beta": 0.01, "gamma": 0.02}, r=2, lora_dropout=0.5),
         case("kasa_patterns", "blocks", "q_proj", "up", kasa_config={}, r=2, rank_pattern={"up": 3}, use_rslora=True),
+        case("velora", "mlp", "lin0", "lin1", velora_config={"num_groups": 4, "scale": 0.5}),
+        case("velora_once", "blocks", "q_proj", velora_config={"num_groups": 3, "init_type": "batch_average_once"}),
+        case("monteclora", "mlp", "lin0", "lin1", r=3, monteclora_config=MONTE, lora_dropout=0.5),
+        case("monteclora_blocks", "blocks", "q_proj", r=2, monteclora_config=MONTE | {"num_samples": 2}),
         case("mica", "mlp", "lin0", "out", init_lora_weights="mica", r=2, lora_dropout=0.5),
         case("mica_embedding", "embedding", "emb", "lin", init_lora_weights="mica", r=2),
         case("mica_hf_conv1d", "gpt2", "c_attn", init_lora_weights="mica", fan_in_fan_out=True, use_rslora=True),

@@ -58,8 +58,13 @@ def gradients(model: PeftModel, x: np.ndarray, target: np.ndarray, adapter: str 
     y = forward(model, x)
     loss = ((y - torch.tensor(target)) ** 2).mean()
     loss.backward()
-    named = {file_key(n, adapter): p.grad.numpy().copy() for n, p in model.named_parameters() if p.requires_grad}
+    named = {file_key(n, adapter): gradient(p) for n, p in model.named_parameters() if p.requires_grad}
     return loss.item(), y.detach().numpy(), named
+
+
+def gradient(p: torch.nn.Parameter) -> np.ndarray:
+    """Zero where it had no part in the output."""
+    return (torch.zeros_like(p) if p.grad is None else p.grad).numpy().copy()
 
 
 def printed(model: PeftModel) -> str:

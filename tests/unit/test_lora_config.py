@@ -102,7 +102,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ensure_weight_tying": {"ensure_weight_tying": True},
 }
 
-NOT_BUILT = ("megatron_config velora_config use_qalora monteclora_config arrow_config").split()
+NOT_BUILT = ("megatron_config use_qalora arrow_config").split()
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dora a word": ({"use_dora": "yes"}, ValueError, "`use_dora` must be True or False, got 'yes'"),

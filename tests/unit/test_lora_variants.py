@@ -70,6 +70,36 @@ REFUSED = {
         bd(a=["conv"]) | {"target_modules": ["conv"]},
         r"supported by LORA \(bdlora\): \['dense'\]",
     ),
+    "velora: groups": (nets.Dense, {"velora_config": {"num_groups": 0}}, "`num_groups` should be positive, got 0"),
+    "velora: scale": (nets.Dense, {"velora_config": {"scale": 0.0}}, "`scale` should be positive, got 0.0"),
+    "velora: start": (nets.Dense, {"velora_config": {"init_type": "pca"}}, "Unsupported `init_type` 'pca'"),
+    "velora: no dense layer": (
+        nets.Embedding,
+        {"velora_config": {}, "target_modules": ["emb"]},
+        r"supported by LORA \(velora\): \['dense'\]",
+    ),
+    "monteclora: samples": (
+        nets.Dense,
+        {"monteclora_config": {"num_samples": 0}},
+        "`num_samples` must be greater than",
+    ),
+    "monteclora: half": (
+        nets.Dense,
+        {"monteclora_config": {"num_samples": 1.5}},
+        "`num_samples` should be a positive",
+    ),
+    "monteclora: prior": (nets.Dense, {"monteclora_config": {"dirichlet_prior": -1}}, "`dirichlet_prior` must be"),
+    "monteclora: weight": (nets.Dense, {"monteclora_config": {"kl_loss_weight": "x"}}, "`kl_loss_weight` should be"),
+    "monteclora and velora": (
+        nets.Dense,
+        {"monteclora_config": {}, "velora_config": {}},
+        "combination: velora and monteclora",
+    ),
+    "monteclora: no dense layer": (
+        lambda: nets.Conv(2),
+        {"monteclora_config": {}, "target_modules": ["conv"]},
+        r"supported by LORA \(monteclora\): \['dense'\]",
+    ),
     "kasa: tied": (nets.Tied, {"kasa_config": {}, "target_modules": ["head"]}, "KaSA changes the weight of head"),
 }
 
@@ -233,7 +263,7 @@ def test_a_block_diagonal_adapter_in_company(mode: str):
         assert_same(mixed[row], expected[name == "plain"][row])
     with pytest.raises(NotImplementedError, match="more than a product of two factors"):
         model.base_model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "new", "cat")
-    with pytest.raises(ConfigError, match="lin0 has a block-diagonal factor"):
+    with pytest.raises(ConfigError, match=r"cannot be padded \(lin0"):
         prepare_model_for_compiled_hotswap(model, target_rank=4)
     _, tensors = convert_to_lora(model, 2)
     patch = model.get_base_model().lin0.adapters["default"]
@@ -245,5 +275,130 @@ def test_hot_swapping_a_block_diagonal_adapter():
     settings = bd(b=["lin0"]) | {"target_modules": ["lin0"]}
     model, other = adapted(**settings), adapted(**settings)
     shake(weights_of(other, "default"), seed=3)
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(other), "default", other.peft_config["default"])
+    assert_same(output(model), output(other))
+
+
+# --- VeLoRA --------------------------------------------------------------------------------------------------------
+
+
+def direction(model: PeftModel) -> np.ndarray:
+    return array(model.get_base_model().lin0.adapters["default"].lora_velora_embed)
+
+
+def test_a_random_direction_has_length_one_and_stays():
+    model = adapted(velora_config={"num_groups": 4, "init_type": "random"}).set_train()
+    before = direction(model)
+    assert np.linalg.norm(before) == pytest.approx(1, rel=1e-6)
+    output(model)
+    assert np.array_equal(direction(model), before)
+
+
+@pytest.mark.parametrize("init", ["batch_average", "batch_average_once"])
+def test_the_direction_is_of_each_batch_or_of_the_first(init: str, mode: str, tmp_path):
+    """Also after saving and loading; evaluation leaves it alone, and so does a batch of zeros where it is known."""
+    model = adapted(velora_config={"num_groups": 4, "init_type": init})
+    x = model.get_base_model().sample()
+    output(model)
+    assert not direction(model).any()
+    model.set_train()
+    array(model(x))
+    first = direction(model)
+    parts = np.pad(array(x), ((0, 0), (0, 2))).reshape(-1, 2)
+    np.testing.assert_allclose(first, parts.mean(0) / np.linalg.norm(parts.mean(0)), rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(dense(), tmp_path, is_trainable=True).set_train()
+    array(model(ops.zeros_like(x)))
+    expected = first if init == "batch_average_once" else np.full(2, 0.5**0.5)
+    np.testing.assert_allclose(direction(model), expected, rtol=1e-6)
+
+
+def test_velora_in_a_users_compiled_step():
+    model = adapted(velora_config={"num_groups": 4}).set_train()
+    x, params = model.get_base_model().sample(), model.trainable_params()
+    step = ms.value_and_grad(nets.Loss(model), None, params)
+    target = nets.floats(*model(x).shape, seed=3)
+    value, gradients = step(x, target)
+    compiled, others = ms.jit(step)(x, target)
+    assert_same(compiled, value, "gradient")
+    for g, other in zip(gradients, others, strict=True):
+        assert_same(other, g, "gradient")
+
+
+# --- MonteCLoRA ----------------------------------------------------------------------------------------------------
+
+NOISY = {"num_samples": 4, "sample_scaler": 0.5}
+
+
+def test_training_draws_anew_and_evaluation_does_not(mode: str):
+    model = adapted(monteclora_config=NOISY, target_modules=["lin0"])
+    x = model.get_base_model().sample()
+    plain = array(model(x))
+    assert_same(model(x), plain, "exact")
+    model.set_train()
+    one, other = array(model(x)), array(model(x))
+    assert differ(one, plain)
+    assert differ(one, other)
+    model.set_train(False)
+    assert_same(model(x), plain, "exact")
+
+
+def test_a_users_compiled_step_draws_anew():
+    model = adapted(monteclora_config=NOISY, target_modules=["lin0"]).set_train()
+    x = model.get_base_model().sample()
+
+    @ms.jit
+    def step(x):
+        return model(x)
+
+    assert differ(array(step(x)), array(step(x)))
+
+
+def test_the_seed_decides_what_is_drawn():
+    outputs = []
+    for seed in (3, 3, 4):
+        model = adapted(monteclora_config=NOISY, target_modules=["lin0"]).set_train()
+        ms.set_seed(seed)
+        outputs.append(output(model))
+    assert np.array_equal(outputs[0], outputs[1])
+    assert differ(outputs[0], outputs[2])
+
+
+def test_the_samples_have_the_spread_of_the_formula():
+    """The variances' mean is e^(2p) times r, and A's mean is A."""
+    model = adapted(monteclora_config=NOISY | {"sample_scaler": 1.0}, target_modules=["lin0"]).set_train()
+    patch = model.get_base_model().lin0.adapters["default"]
+    a, v, w = (np.stack(some) for some in zip(*(drawn(patch) for _ in range(2000)), strict=True))
+    expected = 2 * np.exp(2 * array(patch.std_prior))
+    np.testing.assert_allclose(v.mean(0), expected, rtol=0.1)
+    np.testing.assert_allclose(w.sum(1), 1, rtol=1e-5)
+    deviations = (a - array(patch.lora_A)) / np.sqrt(np.square(w).sum(1) * v.T).T[:, :, None]
+    assert abs(deviations.mean()) < 0.05
+    assert deviations.std() == pytest.approx(1, rel=0.03)
+
+
+def drawn(patch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    a = array(patch.sampled())
+    return a, np.diag(array(patch.gaussian_var_prior)), array(patch.expert_weights)
+
+
+def test_the_dirichlet_divergence_is_zero_at_the_prior():
+    """And so are the other two where p = 0 and v = 1."""
+    config = {"num_samples": 3, "dirichlet_prior": 0.7, "kl_loss_weight": 1.0}
+    model = adapted(monteclora_config=config, target_modules=["lin0"]).set_train()
+    patch = model.get_base_model().lin0.adapters["default"]
+    patch.expert_weights_prior.copy_(Tensor(np.full(3, np.log(0.7), np.float32)))
+    patch.std_prior.copy_(ops.zeros_like(patch.std_prior))
+    patch.drawn.chi.copy_(ops.ones_like(patch.drawn.chi))
+    assert float(patch.penalty()) == pytest.approx(0, abs=1e-5)
+    patch.expert_weights_prior.copy_(Tensor(np.array([0.1, -0.5, 0.3], np.float32)))
+    assert float(patch.penalty()) > 0.1
+
+
+def test_a_monteclora_adapter_is_swapped_but_not_padded():
+    model, other = (adapted(monteclora_config=NOISY) for _ in range(2))
+    shake(weights_of(other, "default"), seed=3)
+    with pytest.raises(ConfigError, match=r"cannot be padded \(lin0"):
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
     hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(other), "default", other.peft_config["default"])
     assert_same(output(model), output(other))

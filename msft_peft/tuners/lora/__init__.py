@@ -13,8 +13,10 @@ from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfi
 from msft_peft.tuners.lora.kasa import KasaPatch
 from msft_peft.tuners.lora.lora_ga import preprocess_loraga
 from msft_peft.tuners.lora.model import LoraModel
+from msft_peft.tuners.lora.monteclora import MontecloraPatch
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch, LoraPatch
 from msft_peft.tuners.lora.variant_config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from msft_peft.tuners.lora.velora import VeloraPatch
 
 __all__ = [
     "METHOD",
@@ -50,6 +52,8 @@ METHOD = Method(
         "alora": {"dense": LoraPatch},
         "bdlora": {"dense": BdLoraPatch},
         "kasa": {"dense": KasaPatch},
+        "velora": {"dense": VeloraPatch},
+        "monteclora": {"dense": MontecloraPatch},
         "mica": {"dense": LoraPatch, "embedding": LoraEmbeddingPatch},
     },
     default_targets=USUAL,

@@ -78,11 +78,13 @@ class LoraConfig(TargetedConfig):
         kasa_config: take the r smallest singular components out of the base weight, and give the update singular
             values of its own; see `kasa.py`. Dense layers only.
         use_bdlora: a `BdLoraConfig`: make A or B block-diagonal; see `bdlora.py`. Dense layers only.
+        velora_config: keep the inputs of A for the backward pass in compressed form; see `velora.py`. Dense layers
+            only.
+        monteclora_config: train with the mean of random samples around A; see `monteclora.py`. Dense layers only.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these, as objects or dicts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
-    The other fields are HF's. Some are for options that are not built yet: velora_config, monteclora_config,
-    arrow_config. Some are for what MindSpore does not have:
+    The other fields are HF's. arrow_config is not built yet. Some are for what MindSpore does not have:
     megatron_config and megatron_core, use_qalora and qalora_group_size, runtime_config.
 
     Raises:
@@ -250,7 +252,5 @@ _NOT_BUILT = {
     "megatron_config": "is for Megatron's parallel linear layers, which exist in torch alone",
     "use_qalora": "is for a base that GPTQ has quantised in groups, and MindSpore has no layers for such weights",
     "runtime_config": "asks for layers on another device, and a MindSpore process has one device",
-    "velora_config": _LATER,
-    "monteclora_config": _LATER,
     "arrow_config": _LATER,
 }

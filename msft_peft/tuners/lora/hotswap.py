@@ -162,7 +162,9 @@ def _check_room(layer: TunerLayer, name: str, patch: LoraPatch, rank: int | None
     if rank is None:
         return
     if not patch.grows:
-        raise ConfigError(f"{path} has a block-diagonal factor, which cannot be padded: leave out target_rank.")
+        raise ConfigError(
+            f"The adapter {name!r} is of a variant whose weights cannot be padded ({path}): leave out target_rank."
+        )
     if isinstance(rank, bool) or not isinstance(rank, int) or rank % layer.site.groups:
         raise ConfigError(f"target_rank must be an integer and a multiple of {layer.site.groups} at {path}: {rank!r}")
     if rank < patch.room:

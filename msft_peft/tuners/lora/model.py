@@ -28,6 +28,7 @@ from msft_peft.tuners.lora.combine import (
 from msft_peft.tuners.lora.config import LoraConfig
 from msft_peft.tuners.lora.exact import prepare_exactly
 from msft_peft.tuners.lora.kasa import KasaPatch
+from msft_peft.tuners.lora.monteclora import MontecloraPatch
 from msft_peft.tuners.lora.patch import LoraPatch
 from msft_peft.tuners.lora.penalty import Penalty
 
@@ -128,11 +129,15 @@ class LoraModel(Tuner):
         Raises:
             AdapterNameError: there is no such adapter.
         """
-        return Penalty(self._patches(KasaPatch, adapter_names), [])
+        return Penalty(self._patches(KasaPatch, adapter_names), self._patches(MontecloraPatch, adapter_names))
 
     def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
         """KaSA's part of `penalty`, under HF's name; for PyNative."""
         return Penalty(self._patches(KasaPatch, adapter_names), [])()
+
+    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> Any:
+        """MonteCLoRA's part of `penalty`, under HF's name; for PyNative."""
+        return Penalty([], self._patches(MontecloraPatch, adapter_names))()
 
     def _patches(self, kind: type[LoraPatch], adapter_names: str | list[str] | None) -> list[LoraPatch]:
         """The Patches of this kind that these adapters have, or the active ones."""
