@@ -230,6 +230,9 @@ class TargetedConfig(PeftConfig):
         ConfigError: layer indices beside a regex or "all-linear", or a pattern without indices.
     """
 
+    # Fields whose keys are patterns for layers' paths.
+    patterned: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None

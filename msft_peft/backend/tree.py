@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import Parameter, nn
@@ -97,6 +97,7 @@ class Named(NamedTuple):
         parameter: what holds it. It may be larger than `shape` says: then each of its `blocks` equal parts along the
             first axis begins with the numbers that count, and the rest are zeros (ranks padded for hot swapping).
         turned: it holds the transposed matrix.
+        kept: (axis, indices): only these rows or columns are in the file; the others count for nothing.
     """
 
     key: str
@@ -105,10 +106,13 @@ class Named(NamedTuple):
     shape: tuple[int, ...]
     blocks: int = 1
     turned: bool = False
+    kept: tuple[int, tuple[int, ...]] | None = None
 
     def read(self) -> np.ndarray:
         """The numbers in `shape`; a view where nothing is padded."""
         stored = to_numpy(self.parameter)
+        if self.kept is not None:
+            return np.ascontiguousarray(stored[self._kept()])
         if self.turned:
             return np.ascontiguousarray(stored.T)
         if stored.size == math.prod(self.shape):
@@ -117,6 +121,11 @@ class Named(NamedTuple):
 
     def write(self, array: np.ndarray) -> None:
         """Write numbers of `shape`, in place."""
+        if self.kept is not None:
+            stored = np.zeros(self.parameter.shape, array.dtype)
+            stored[self._kept()] = array
+            write(self.parameter, stored)
+            return
         if self.turned:
             write(self.parameter, np.ascontiguousarray(array.T))
             return
@@ -126,6 +135,11 @@ class Named(NamedTuple):
         stored = np.zeros(self.parameter.shape, array.dtype)
         self._framed(stored)[self._corner()] = array.reshape(self._split(self.shape))
         write(self.parameter, stored)
+
+    def _kept(self) -> tuple[Any, ...]:
+        assert self.kept is not None
+        axis, indices = self.kept
+        return (*(slice(None),) * axis, list(indices))
 
     def _split(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.blocks, shape[0] // self.blocks, *shape[1:])

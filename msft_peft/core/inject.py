@@ -102,7 +102,7 @@ class Adapter:
                 local = ".".join(part for part in (path, place, self.name, rest) if part)
                 key = f"{hf_name(path)}.{suffix}" if holder is patch else BESIDE + suffix
                 shape, blocks = holder.shape_of(attribute), holder.blocks_of(attribute)
-                found[key] = Named(key, local, p, shape, blocks, patch.turned)
+                found[key] = Named(key, local, p, shape, blocks, patch.turned, holder.kept_of(attribute))
         for path, module in self.modules.items():
             for named in named_parameters(module, tied=True):
                 owner, _, leaf = f"{path}.{named.key}".rpartition(".")
@@ -369,6 +369,7 @@ def use(model: nn.Cell, names: Iterable[str]) -> None:
     if prompts is not None:
         prompts.use(names)
     model.peft_active = tuple(names)
+    routing_of(model).layers = tuple(w for _, w in wrappers(model) if isinstance(w, TunerLayer))
     wait(model)
 
 

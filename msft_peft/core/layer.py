@@ -13,7 +13,7 @@ from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.ops import add_bias
 from msft_peft.backend.tree import inherit_mode
-from msft_peft.core.patch import Patch, place_of
+from msft_peft.core.patch import Patch, Weights, place_of
 from msft_peft.core.routing import Routing
 from msft_peft.core.scale import Scale
 from msft_peft.errors import ConfigError, MergeError
@@ -59,6 +59,7 @@ class Wrapper(nn.Cell):
 
     Attributes:
         active: the adapters in use, those that are not here left out.
+        trained: the adapters whose weights get gradients, for compiled code, which cannot ask a Parameter.
         enabled: False while all adapters are switched off.
         routing: what all wrappers of the model share.
     """
@@ -66,6 +67,7 @@ class Wrapper(nn.Cell):
     def __init__(self, routing: Routing) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
+        self.trained: tuple[str, ...] = ()
         self.enabled = True
         self.routing = routing
 
@@ -91,7 +93,9 @@ class Wrapper(nn.Cell):
         self.enabled = enabled
 
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
-        for cell in (self.held()[name] for name in names if name in self.held()):
+        names = [name for name in names if name in self.held()]
+        self.trained = tuple({*self.trained, *names} if requires_grad else {*self.trained} - {*names})
+        for cell in (self.held()[name] for name in names):
             fixed = {id(p) for p in fixed_in(cell)}
             for p in cell.get_parameters():
                 p.requires_grad = requires_grad and id(p) not in fixed
@@ -99,13 +103,18 @@ class Wrapper(nn.Cell):
 
 def fixed_in(cell: nn.Cell) -> list[Parameter]:
     """The parameters that an adapter has there and never trains."""
-    holders = [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
-    return [getattr(holder, attribute) for holder in holders for attribute in getattr(holder, "fixed", ())]
+    return [getattr(holder, attribute) for holder in _holders(cell) for attribute in getattr(holder, "fixed", ())]
 
 
-def buffers_in(cell: nn.Cell) -> list[Parameter]:
-    """Those of them that HF does not count among the parameters."""
-    return [getattr(cell, attribute) for attribute in getattr(cell, "buffers", ())]
+def kept_in(cell: nn.Cell) -> list[Parameter]:
+    """Those of them that have keys in files, which are buffers in HF and no parameters."""
+    holders = [holder for holder in _holders(cell) if isinstance(holder, Weights)]
+    return [getattr(holder, attribute) for holder in holders for attribute in holder.fixed & holder.keys.keys()]
+
+
+def _holders(cell: nn.Cell) -> list[nn.Cell]:
+    """An adapter's part there, and what that shares with its others."""
+    return [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
 
 
 class TunerLayer(Wrapper):

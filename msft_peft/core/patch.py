@@ -23,8 +23,7 @@ class Weights(nn.Cell):
     Attributes:
         dtype: theirs.
         keys: attribute of each weight -> its key, below the path of the layer that it belongs to.
-        fixed: attributes of weights that are never trained.
-        buffers: those of them that are no parameters in HF, and are not counted among them.
+        fixed: attributes of weights that are never trained; those with keys are buffers in HF, and no parameters.
         unsaved: attributes of weights that files do not hold, since they are made anew from the config.
     """
 
@@ -33,7 +32,6 @@ class Weights(nn.Cell):
         self.undrawn = low_cpu_mem_usage
         self.keys: dict[str, str] = {}
         self.fixed: set[str] = set()
-        self.buffers: set[str] = set()
         self.unsaved: set[str] = set()
         # Half-precision adapters lose small updates, so they are kept in float32 unless told otherwise.
         halves = HALF_DTYPES if autocast else ()
@@ -46,7 +44,6 @@ class Weights(nn.Cell):
         init: str | Initializer | np.ndarray,
         attribute: str | None = None,
         fixed: bool = False,
-        buffer: bool = False,
         saved: bool = True,
     ) -> Parameter:
         """A new weight, under `key` in checkpoint files ("lora_A.weight").
@@ -57,15 +54,12 @@ class Weights(nn.Cell):
             init: how to draw it, or its values.
             attribute: the attribute that holds it; by default named after the key, lora_A or lora_B_bias.
             fixed: it is never trained.
-            buffer: nor is it a parameter in HF.
             saved: files hold it.
         """
         attribute = attribute or key.removesuffix(".weight").replace(".", "_")
         self.keys[attribute] = key
-        if fixed or buffer:
+        if fixed:
             self.fixed.add(attribute)
-        if buffer:
-            self.buffers.add(attribute)
         if not saved:
             self.unsaved.add(attribute)
         if isinstance(init, np.ndarray):
@@ -75,7 +69,7 @@ class Weights(nn.Cell):
             values = Tensor(np.full(shape, np.nan, np.float32), self.dtype)
         else:
             values = initializer(init, shape, self.dtype)
-        return Parameter(values, name=attribute, requires_grad=attribute not in self.fixed)
+        return Parameter(values, name=attribute, requires_grad=not fixed)
 
     def put(self, attribute: str, parameter: Parameter) -> None:
         """Let another Parameter be one of its weights."""
@@ -88,6 +82,10 @@ class Weights(nn.Cell):
     def blocks_of(self, attribute: str) -> int:
         """How many parts a padded weight has, see `backend.tree.Named`."""
         return 1
+
+    def kept_of(self, attribute: str) -> tuple[int, tuple[int, ...]] | None:
+        """Which part of a weight is kept in files, see `backend.tree.Named`; None for all of it."""
+        return None
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Copies of the weights, by attribute."""

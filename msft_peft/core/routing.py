@@ -4,8 +4,10 @@ They are Parameters held by a plain object, not by a Cell: compiled code reads t
 part of the model's own parameters.
 """
 
+import copy
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -27,6 +29,7 @@ class Routing:
             ones. Compiled code takes it for a constant.
         rows: number of rows that are divided.
         invocation: the token ids from which on the active adapter acts; None if it acts on all tokens.
+        layers: the adapted layers, for a Tuner that asks something of all of them in its forward.
     """
 
     def __init__(self) -> None:
@@ -34,13 +37,14 @@ class Routing:
         self.names: tuple[str, ...] = ()
         self.rows = 0
         self.invocation: tuple[int, ...] | None = None
+        self.layers: tuple[Any, ...] = ()
         self._choice = _table(f"peft_choice_{number}", -1)
         self._starts = _table(f"peft_starts_{number}", 0)
 
     def __deepcopy__(self, memo: dict) -> "Routing":
         # Compiled code tells Parameters apart by their names: tables of its own.
         twin = memo[id(self)] = Routing()
-        twin.invocation = self.invocation
+        twin.invocation, twin.layers = self.invocation, copy.deepcopy(self.layers, memo)
         return twin
 
     def choose(self, names: Sequence[str], chosen: Sequence[str]) -> None:

@@ -100,7 +100,7 @@ def match_targets(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> list[
             stacklevel=2,
         )
     parameters = getattr(config, "target_parameters", None) or []
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in config.patterned:
         patterns = sorted(getattr(config, field, {}))
         unmatched = [p for p in patterns if not any(_pattern_matches(p, path) for path in [*kept, *parameters])]
         if unmatched:

@@ -78,7 +78,7 @@ class DeloraPatch(Patch):
         self.delora_B = self.weight("delora_B", (out, self.r), "zeros" if config.init_weights else he_uniform())
         self.delora_lambda = self.weight("delora_lambda", (1,), np.full(1, length, np.float32))
         norms = np.linalg.norm(as_float32(to_numpy(site.from_storage(site.weight))), axis=0)
-        self.delora_w_norm = self.weight("delora_w_norm", (inputs,), norms, buffer=True)
+        self.delora_w_norm = self.weight("delora_w_norm", (inputs,), norms, fixed=True)
         self.dropout = nn.Dropout(p=config.module_dropout) if config.module_dropout else nn.Identity()
 
     def lengths(self) -> Tensor:

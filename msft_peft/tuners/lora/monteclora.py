@@ -60,9 +60,9 @@ class MontecloraPatch(LoraPatch):
         self.expert_weights_prior = self.weight(f"{below}.expert_weights_prior", (n,), q, "expert_weights_prior")
         eye, even = np.eye(self.r, dtype=np.float32), np.full(n, 1 / n, np.float32)
         self.gaussian_var_prior = self.weight(
-            f"{below}.gaussian_var_prior", eye.shape, eye, "gaussian_var_prior", buffer=True
+            f"{below}.gaussian_var_prior", eye.shape, eye, "gaussian_var_prior", fixed=True
         )
-        self.expert_weights = self.weight(f"{below}.expert_weights", (n,), even, "expert_weights", buffer=True)
+        self.expert_weights = self.weight(f"{below}.expert_weights", (n,), even, "expert_weights", fixed=True)
         self.drawn = Drawn(self.r, n)
 
     def hidden(self, x: Tensor) -> Tensor:

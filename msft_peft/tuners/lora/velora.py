@@ -33,7 +33,7 @@ class VeloraPatch(LoraPatch):
         if velora.init_type == "random":
             start = np.random.standard_normal(self.width).astype(np.float32)  # ms.set_seed sets numpy's seed too
             start /= np.linalg.norm(start)
-        self.lora_velora_embed = self.weight("lora_velora_embed", (self.width,), start, buffer=True)
+        self.lora_velora_embed = self.weight("lora_velora_embed", (self.width,), start, fixed=True)
 
     def hidden(self, x: Tensor) -> Tensor:
         if not self.training:
