@@ -11,8 +11,8 @@ CASES = (
     Case(
         "embedding",
         nets.Embedding,
-        {"target_modules": ["emb"], "token_indices": [8, 6]},
-        ("emb",),
+        {"target_modules": ["emb", "lin"], "token_indices": [2, 3]},
+        ("emb", "lin"),
         life=True,
         descent=0.95,
     ),
