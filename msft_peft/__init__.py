@@ -99,6 +99,11 @@ from msft_peft.registry import (
     get_peft_config,
     peft_types,
 )
+from msft_peft.tuners.adalora import (
+    AdaLoraCallback,
+    AdaLoraConfig,
+    AdaLoraModel,
+)
 from msft_peft.tuners.bitfit import (
     BitFitConfig,
 )
@@ -192,6 +197,9 @@ PeftType = peft_types()
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraCallback",
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "AdapterNameError",
     "ArrowConfig",
     "AutoPeftModel",

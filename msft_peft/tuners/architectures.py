@@ -83,3 +83,20 @@ NORMS = _by_architecture(
         ): ["llava"],
     }
 )
+
+# AdaLoRA's targets.
+ADALORA: dict[str, list[str] | str] = _by_architecture(
+    {
+        ("q_proj", "v_proj"): "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3".split(),
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"): "bart opt".split(),
+        ("query_key_value",): "bloom gpt_neox".split(),
+        ("c_attn",): "gpt2 gpt_bigcode".split(),
+        ("q", "k", "v", "o", "wi", "wo"): ["t5"],
+        ("q", "k", "v", "o", "wi_0", "wi_1", "wo"): ["mt5"],
+        ("query", "value"): ["bert"],
+        ("query", "key", "value", "dense"): ["roberta"],
+        ("query_proj", "key_proj", "value_proj", "dense"): ["deberta-v2"],
+        ("in_proj",): ["deberta"],
+        ("q_proj", "k_proj", "v_proj", "o_proj"): ["nemotron_h"],
+    }
+) | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}

@@ -180,6 +180,9 @@ METHOD_CASES = {
         other("Vera", "linear", "mlp", "lin0", "lin1", "out", r=5, bias="vera_only"),
         other("Vera", "seed", "blocks", "q_proj", "up", r=3, projection_prng_key=2**33 + 5, save_projection=False),
         other("Vera", "hf_conv1d", "gpt2", "c_attn", "c_proj", r=3, fan_in_fan_out=True),
+        other("AdaLora", "linear", "mlp", "lin0", "lin1", init_r=4, target_r=2, total_step=10, lora_alpha=5),
+        other("AdaLora", "conv2d", "conv2d", "conv0", "lin", init_r=3, target_r=2, total_step=10),
+        other("AdaLora", "hf_conv1d", "gpt2", "c_attn", init_r=3, total_step=5, fan_in_fan_out=True),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

@@ -1,0 +1,90 @@
+"""AdaLoRA's mathematics: an update in the form of an SVD, whose singular values can be switched off."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal
+
+from msft_peft.core.patch import Patch
+from msft_peft.core.scale import Scale
+from msft_peft.hosts import Site
+from msft_peft.tuners.adalora.config import AdaLoraConfig
+
+
+class AdaLoraPatch(Patch):
+    """W' = W + s/(init_r + 1e-5)·B·(E ∘ A), with A and B near orthogonal, and E the singular values.
+
+    Weights, of a convolution with its kernel as a part of the input:
+        lora_A (r, in): N(0, 0.02).
+        lora_B (out, r): N(0, 0.02).
+        lora_E (r, 1): zeros.
+
+    Attributes:
+        kept: which ranks are in use, and in files; None while all are.
+        ranknum (1,): the rank that the update is divided by; HF's buffer, in no file.
+        scaling: s = lora_alpha.
+    """
+
+    kept: list[bool] | None = None
+
+    def setup(self, site: Site, config: AdaLoraConfig) -> None:
+        pattern = (config.rank_pattern or {}).get(f"{site.path}.lora_E")
+        self.r = config.init_r if pattern is None else sum(pattern)
+        # MindSpore has no tensors without numbers: a layer that has lost all ranks holds one that is not kept.
+        rows, out = max(self.r, 1), site.out_features
+        width = site.weight.size // out
+        init = Normal(0.02 if config.init_lora_weights else 1.0)
+        self.lora_A = self.weight("lora_A", (rows, width), init)
+        self.lora_B = self.weight("lora_B", (out, rows), init)
+        fresh = self.r == 0 or config.init_lora_weights
+        self.lora_E = self.weight("lora_E", (rows, 1), np.zeros((rows, 1), np.float32) if fresh else Normal(1.0))
+        if self.r == 0:
+            self.kept = [False]
+        number = float(config.init_r if self.r else 0)
+        self.ranknum = Parameter(Tensor([number], ms.float32), name="ranknum", requires_grad=False)
+        self.fixed.add("ranknum")
+        self.scale = Scale(config.lora_alpha if config.lora_alpha > 0 else float(self.r))
+        self.orth_reg_weight = config.orth_reg_weight
+        self.dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+
+    @property
+    def scaling(self) -> float:
+        """The factor in effect."""
+        return self.scale.value
+
+    def kept_of(self, attribute: str) -> tuple[int, tuple[int, ...]] | None:
+        if self.kept is None:
+            return None
+        return int(attribute == "lora_B"), tuple(i for i, one in enumerate(self.kept) if one)
+
+    def shape_of(self, attribute: str) -> tuple[int, ...]:
+        shape, part = list(super().shape_of(attribute)), self.kept_of(attribute)
+        if part is not None:
+            shape[part[0]] = len(part[1])
+        return tuple(shape)
+
+    def factor(self) -> Tensor:
+        """(out, r): s/(ranknum + 1e-5)·B."""
+        return ops.mul(self.lora_B, ops.div(self.scale.value, ops.add(self.ranknum, 1e-5)))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.dropout(self.cast(x))
+        if self.site.kind == "dense":
+            h = self.op(x, ops.mul(self.lora_A, self.lora_E))
+            return ops.add(y, self.op.mix(h, self.factor()))
+        return ops.add(y, self.op(x, self.delta_weight()))
+
+    def delta_weight(self) -> Tensor:
+        return ops.reshape(ops.matmul(self.factor(), ops.mul(self.lora_A, self.lora_E)), self.site.shape)
+
+    def penalty(self) -> Tensor:
+        """‖A·Aᵀ - I‖ + ‖Bᵀ·B - I‖."""
+        return ops.add(_distance(self.lora_A, self.lora_A), _distance(self.lora_B.T, self.lora_B.T))
+
+
+def _distance(rows: Tensor, same: Tensor) -> Tensor:
+    """‖rows·rowsᵀ - I‖."""
+    gram = ops.matmul(rows, ops.transpose(same, (1, 0)))
+    off = ops.sub(gram, ops.eye(rows.shape[0], rows.shape[0], rows.dtype))
+    # Not the root of zero, whose gradient is infinite.
+    return ops.sqrt(ops.maximum(ops.square(off).sum(), 1e-24))
