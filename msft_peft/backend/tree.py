@@ -129,7 +129,7 @@ class Named(NamedTuple):
         if self.turned:
             write(self.parameter, np.ascontiguousarray(array.T))
             return
-        if self.parameter.size == math.prod(self.shape):
+        if math.prod(self.parameter.shape) == math.prod(self.shape):
             write(self.parameter, array.reshape(self.parameter.shape))
             return
         stored = np.zeros(self.parameter.shape, array.dtype)

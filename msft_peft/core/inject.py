@@ -10,6 +10,7 @@ from typing import cast
 
 from mindspore import Parameter, nn
 
+from msft_peft import hosts
 from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.recompute import mark_again
@@ -402,6 +403,7 @@ def settle(root: nn.Cell, prefix: str = "") -> None:
     Parameters are named after their paths, recomputed blocks learn of what is new in them, compiled graphs go.
     """
     refresh_names(root, prefix)
+    hosts.settle(root)
     mark_again(root)
     drop_compiled()
 
@@ -443,6 +445,7 @@ def inject_adapter_in_model(
     Differs: with `state_dict`, the config in the model names the layers that got adapters; HF leaves its targets as
     they are, so that the adapter cannot be loaded again by its own config.
     """
+    given, model = model, hosts.as_cell(model)
     if adapter_name in configs_of(model):
         raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
     if getattr(peft_config, "alora_invocation_tokens", None) is not None:
@@ -454,7 +457,7 @@ def inject_adapter_in_model(
     attach(model, prepare(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
     activate(model, [adapter_name], trainable=not peft_config.inference_mode)
     settle(model)
-    return model
+    return given
 
 
 def _sites(

@@ -1,7 +1,6 @@
 """What prompt methods put before the input: virtual tokens, or keys and values. Nothing in the model is wrapped."""
 
 import contextlib
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
@@ -15,7 +14,7 @@ from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PromptLearningConfig, TaskType
 from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.errors import ConfigError
-from msft_peft.hosts import describe, input_table
+from msft_peft.hosts import describe, input_table, signature
 from msft_peft.registry import method_of
 
 EMBEDDINGS = "inputs_embeds"
@@ -160,7 +159,7 @@ class Prompts:
         self.active, self.enabled, self.acting = "", True, False
         self.argument = argument
         self.table: nn.Cell | None = None
-        self.arguments = tuple(inspect.signature(model.construct).parameters)
+        self.arguments = tuple(signature(model).parameters)
         self.ids = "input_ids" if "input_ids" in self.arguments else next(iter(self.arguments), "input_ids")
         self.measure(model)
 
@@ -290,7 +289,7 @@ def _measure_tokens(config: PromptLearningConfig, model: nn.Cell, name: str) -> 
 
 
 def _check_takes(model: nn.Cell, argument: str, name: str) -> None:
-    parameters = inspect.signature(model.construct).parameters.values()
+    parameters = signature(model).parameters.values()
     if any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters):
         return
     what = {

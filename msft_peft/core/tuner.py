@@ -18,6 +18,7 @@ from msft_peft.core.patch import Patch
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.routing import Routing, invocations, routing_of
 from msft_peft.errors import MergeError, PeftWarning
+from msft_peft.hosts import original
 from msft_peft.registry import method_of
 
 
@@ -221,7 +222,7 @@ class Tuner(nn.Cell):
             if isinstance(wrapper, ModulesToSaveWrapper) and copies:
                 replace_cells(self.model, {id(wrapper): wrapper.held()[copies[0]]})
         inject.detach_all(self.model)
-        return self.model
+        return original(self.model)
 
     def unload(self) -> nn.Cell:
         """Take all adapters out and return the base model with its own layers, as it was.
@@ -232,7 +233,7 @@ class Tuner(nn.Cell):
             if layer.merged:
                 layer.unmerge()
         inject.detach_all(self.model)
-        return self.model
+        return original(self.model)
 
     # ------------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Host: what differs in one library of models. Each has a file here, whose `HOST` says it."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,18 @@ def _nothing(model: nn.Cell) -> None:
     return None
 
 
+def _itself(model: Any) -> Any:
+    return model
+
+
+def _unchanged(kind: type, model: nn.Cell) -> type:
+    return kind
+
+
+def _of_construct(model: nn.Cell) -> inspect.Signature:
+    return inspect.signature(model.construct)
+
+
 @dataclass(frozen=True)
 class Host:
     """A library of models.
@@ -37,6 +50,12 @@ class Host:
         names_of: how HF's names of a model's layers differ from its own; None where they do not, or it is not known.
         input_table: the layer that turns tokens into vectors; None if the model does not tell.
         output_head: the layer that turns hidden states into logits; None if the model does not tell.
+        as_cell: the Cell that stands for a model which is none.
+        original: the model itself, given that Cell.
+        settle: what must follow every edit of a tree of Cells.
+        signature: what the model takes.
+        class_of: the model's own class.
+        facade: the subclass of a `PeftModel` class to be used for the model, given both.
     """
 
     name: str
@@ -45,3 +64,9 @@ class Host:
     names_of: Callable[[nn.Cell], NameMap | None] = _nothing
     input_table: Callable[[nn.Cell], nn.Cell | None] = _names_table
     output_head: Callable[[nn.Cell], nn.Cell | None] = _names_head
+    as_cell: Callable[[Any], nn.Cell] = _itself
+    original: Callable[[nn.Cell], Any] = _itself
+    settle: Callable[[nn.Cell], None] = _nothing
+    signature: Callable[[nn.Cell], inspect.Signature] = _of_construct
+    class_of: Callable[[nn.Cell], type] = type
+    facade: Callable[[type, nn.Cell], type] = _unchanged

@@ -1,16 +1,17 @@
 """What is asked of a model or a layer, whichever library it is from."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mindspore import nn
 
-from msft_peft.hosts import cells, mindformers
+from msft_peft.hosts import cells, mindformers, mindnlp
 from msft_peft.hosts.host import Host
 from msft_peft.hosts.site import Site
 
 # The first that owns a thing is asked; plain Cells come last, since those of all libraries are that too.
-HOSTS = (mindformers.HOST, cells.HOST)
+HOSTS = (mindnlp.HOST, mindformers.HOST, cells.HOST)
 
 
 def host_of(thing: Any) -> Host:
@@ -56,3 +57,34 @@ def input_table(model: nn.Cell) -> nn.Cell | None:
 def output_head(model: nn.Cell) -> nn.Cell | None:
     """The layer that turns hidden states into logits, if the model tells."""
     return host_of(model).output_head(model)
+
+
+def as_cell(model: Any) -> Any:
+    """The Cell to put adapters into: the model itself, or what stands for one that is no Cell."""
+    return host_of(model).as_cell(model)
+
+
+def original(model: nn.Cell) -> Any:
+    """The model that the user gave, for the Cell that `as_cell` made of it."""
+    return host_of(model).original(model)
+
+
+def settle(root: nn.Cell) -> None:
+    """What the hosts have to do after every edit of the tree below `root`."""
+    for host in HOSTS:
+        host.settle(root)
+
+
+def signature(model: nn.Cell) -> inspect.Signature:
+    """What a model takes when it is called."""
+    return host_of(model).signature(model)
+
+
+def class_of(model: nn.Cell) -> type:
+    """The class of the model that the user gave."""
+    return host_of(model).class_of(model)
+
+
+def facade(kind: type, model: nn.Cell) -> type:
+    """The class for a `PeftModel` of this kind around the model."""
+    return host_of(model).facade(kind, model)

@@ -103,7 +103,7 @@ def resumable(
 
 def _as_stored(named: Named) -> Tensor:
     """The parameter itself, for MindSpore to load by name; without its padding if it has any."""
-    padded = named.parameter.size != math.prod(named.shape)
+    padded = math.prod(named.parameter.shape) != math.prod(named.shape)
     return Tensor(named.read()) if padded else named.parameter
 
 

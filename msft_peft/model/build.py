@@ -8,7 +8,7 @@ from mindspore import nn
 from msft_peft.config import PeftConfig
 from msft_peft.core.inject import configs_of
 from msft_peft.errors import ConfigError, PeftWarning
-from msft_peft.hosts import model_config
+from msft_peft.hosts import as_cell, model_config
 from msft_peft.model.mixed import PeftMixedModel
 from msft_peft.model.peft_model import PeftModel
 
@@ -45,6 +45,7 @@ def get_peft_model(
     """
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"The input config must be a PeftConfig, got {type(peft_config)}")
+    model = as_cell(model)
     if configs_of(model):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "

@@ -25,7 +25,7 @@ from msft_peft.core.mixed_batch import divided
 from msft_peft.core.routing import invocations
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError
-from msft_peft.hosts import model_config
+from msft_peft.hosts import as_cell, class_of, facade, model_config
 from msft_peft.io.adapter import (
     embeddings_to_save,
     read_tensors,
@@ -88,6 +88,7 @@ class PeftModel(Prompted):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        model = as_cell(model)
         adapter = self._prepare(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._install(model, adapter)
 
@@ -113,6 +114,7 @@ class PeftModel(Prompted):
 
     def _install(self, model: nn.Cell, adapter: inject.Adapter) -> None:
         inject.attach(model, adapter)
+        self.__class__ = facade(type(self), model)
         if adapter.prompt is None:
             self.base_model = (method_of(adapter.config).tuner or Tuner)(model)
         else:
@@ -290,7 +292,7 @@ class PeftModel(Prompted):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, counted in numbers; without what adapters keep and never train, as in HF."""
         kept = {id(p) for _, w in wrappers(self.get_base_model()) for held in w.held().values() for p in kept_in(held)}
-        sizes = [(p.size, p.requires_grad) for p in self.get_parameters() if id(p) not in kept]
+        sizes = [(math.prod(p.shape), p.requires_grad) for p in self.get_parameters() if id(p) not in kept]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -521,6 +523,7 @@ class PeftModel(Prompted):
         cls = cls._for_task(config)
         self = cls.__new__(cls)
         nn.Cell.__init__(self)
+        model = as_cell(model)
         tensors = read_tensors(model_id, key_mapping=key_mapping, **hub)
         config = with_copies_in(tensors, config, model)
         # What stands before the input comes from the file or is an error.
@@ -605,7 +608,7 @@ class PeftModel(Prompted):
         config.inference_mode = True
         config.base_model_name_or_path = config.base_model_name_or_path or self._base_name()
         if config.task_type is None:
-            kind = type(self.get_base_model())
+            kind = class_of(self.get_base_model())
             # Our reference models bear the names of the classes that HF's AutoPeftModel would import.
             library = getattr(kind, "parent_library", kind.__module__)
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": library}

@@ -1,5 +1,6 @@
 """What is where, and in what state: HF's layer and model status."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ def get_model_status(model: nn.Cell) -> TunerModelStatus:
     wrapped = base is not model
     configs = inject.configs_of(base)
     available = sorted({name for layer in layers for name in layer.available_adapters})
-    sizes = [(p.size, p.requires_grad) for p in model.get_parameters()]
+    sizes = [(math.prod(p.shape), p.requires_grad) for p in model.get_parameters()]
     kinds = [type(config).__name__.removesuffix("Config") + "Model" for config in configs.values()]
     return TunerModelStatus(
         base_model_type=type(base).__name__ if wrapped else "other",

@@ -1,5 +1,6 @@
 """HRA: the layer's input is reflected r times, by learned Householder reflections."""
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class HRAPatch(Patch):
         if config.apply_GS and config.init_weights:
             raise ConfigError("apply_GS=True needs init_weights=False: equal vectors cannot be made orthogonal.")
         self.orthogonal, self.reweighs = config.apply_GS, site.kind != "dense"
-        size, r = site.weight.size // site.out_features, config.r
+        size, r = math.prod(site.shape) // site.out_features, config.r
         init = he_uniform() if not config.init_weights or self.undrawn else _pairs(size, r)
         self.hra_u = self.weight("hra_u", (size, r), init)
         above = np.triu(np.ones((r, r), np.float32), 1)

@@ -1,5 +1,6 @@
 """LoHa: the delta weight is the elementwise product of two low-rank ones."""
 
+import math
 from dataclasses import dataclass
 
 from mindspore import Tensor, ops
@@ -44,7 +45,7 @@ class LoHaPatch(LycorisPatch):
             self.hada_t1, self.hada_t2 = (self.weight(key, core, drawn) for key in ("hada_t1", "hada_t2"))
             a, b = (self.r, out), (self.r, inputs)
         else:
-            a, b = (out, self.r), (self.r, site.weight.size // out)
+            a, b = (out, self.r), (self.r, math.prod(site.shape) // out)
         self.hada_w1_a, self.hada_w1_b = self.weight("hada_w1_a", a, drawn), self.weight("hada_w1_b", b, drawn)
         self.hada_w2_a, self.hada_w2_b = self.weight("hada_w2_a", a, drawn), self.weight("hada_w2_b", b, last)
 

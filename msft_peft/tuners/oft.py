@@ -1,5 +1,6 @@
 """OFT: the layer's input is rotated, block by block."""
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ class OFTPatch(Patch):
     @staticmethod
     def size(site: Site) -> int:
         """How many numbers are rotated."""
-        return site.weight.size // site.out_features
+        return math.prod(site.shape) // site.out_features
 
     def rotations(self) -> Tensor:
         """(blocks, b, b), or (1, b, b) with `block_share`."""
