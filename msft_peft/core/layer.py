@@ -107,9 +107,9 @@ def fixed_in(cell: nn.Cell) -> list[Parameter]:
 
 
 def kept_in(cell: nn.Cell) -> list[Parameter]:
-    """Those of them that have keys in files, which are buffers in HF and no parameters."""
+    """Those of them that HF does not count among the parameters."""
     holders = [holder for holder in _holders(cell) if isinstance(holder, Weights)]
-    return [getattr(holder, attribute) for holder in holders for attribute in holder.fixed & holder.keys.keys()]
+    return [getattr(holder, attribute) for holder in holders for attribute in holder.fixed - holder.counted]
 
 
 def _holders(cell: nn.Cell) -> list[nn.Cell]:

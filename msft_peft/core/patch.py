@@ -23,9 +23,12 @@ class Weights(nn.Cell):
     Attributes:
         dtype: theirs.
         keys: attribute of each weight -> its key, below the path of the layer that it belongs to.
-        fixed: attributes of weights that are never trained; those with keys are buffers in HF, and no parameters.
+        fixed: attributes of weights that are never trained: buffers in HF, which does not count them as parameters.
+        counted: those of them that HF counts all the same.
         unsaved: attributes of weights that files do not hold, since they are made anew from the config.
     """
+
+    counted: frozenset[str] = frozenset()
 
     def __init__(self, site: Site, autocast: bool, low_cpu_mem_usage: bool) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """AdaLoRA's mathematics: an update in the form of an SVD, whose singular values can be switched off."""
 
-import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
 from msft_peft.core.patch import Patch
@@ -21,10 +20,11 @@ class AdaLoraPatch(Patch):
 
     Attributes:
         kept: which ranks are in use, and in files; None while all are.
-        ranknum (1,): the rank that the update is divided by; HF's buffer, in no file.
+        ranknum (1,): the rank that the update is divided by; in no file.
         scaling: s = lora_alpha.
     """
 
+    counted = frozenset({"ranknum"})
     kept: list[bool] | None = None
 
     def setup(self, site: Site, config: AdaLoraConfig) -> None:
@@ -41,8 +41,7 @@ class AdaLoraPatch(Patch):
         if self.r == 0:
             self.kept = [False]
         number = float(config.init_r if self.r else 0)
-        self.ranknum = Parameter(Tensor([number], ms.float32), name="ranknum", requires_grad=False)
-        self.fixed.add("ranknum")
+        self.ranknum = self.weight("ranknum", (1,), np.array([number], np.float32), fixed=True, saved=False)
         self.scale = Scale(config.lora_alpha if config.lora_alpha > 0 else float(self.r))
         self.orth_reg_weight = config.orth_reg_weight
         self.dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
