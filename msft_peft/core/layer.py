@@ -316,7 +316,7 @@ class TunerLayer(Wrapper):
     def _switch(self) -> None:
         # One plain attribute, since it is what compiled code reads.
         self.adapting = bool(self.enabled and self.active and not self.backups)
-        self.reweighing = any(self.adapters[name].reweighs for name in self.active)
+        self.reweighing = bool(self.active) and all(self.adapters[name].reweighs for name in self.active)
         self.replacing = len(self.active) == 1 and self.adapters[self.active[0]].replaces
 
     # --- merging ------------------------------------------------------------------------------------------------

@@ -171,6 +171,8 @@ def _to_float32(layer: TunerLayer, name: str) -> None:
     patch = layer.adapters[name]
     for holder, attribute, _ in patch.placed():
         old = getattr(holder, attribute)
+        if old.dtype not in HALF_DTYPES:
+            continue
         new = Parameter(Tensor(as_float32(to_numpy(old))), name=old.name, requires_grad=old.requires_grad)
         layer.replace_weight(name, attribute, new, shared=holder is not patch)
     patch.dtype = ms.float32
