@@ -172,6 +172,9 @@ from msft_peft.tuners.oft import (
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
+from msft_peft.tuners.shira import (
+    ShiraConfig,
+)
 from msft_peft.tuners.trainable_tokens import (
     TrainableTokensConfig,
 )
@@ -265,6 +268,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "ShiraConfig",
     "TaskType",
     "TrainableTokensConfig",
     "Tuner",

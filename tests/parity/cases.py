@@ -183,6 +183,7 @@ METHOD_CASES = {
         other("AdaLora", "linear", "mlp", "lin0", "lin1", init_r=4, target_r=2, total_step=10, lora_alpha=5),
         other("AdaLora", "conv2d", "conv2d", "conv0", "lin", init_r=3, target_r=2, total_step=10),
         other("AdaLora", "hf_conv1d", "gpt2", "c_attn", init_r=3, total_step=5, fan_in_fan_out=True),
+        other("Shira", "linear", "mlp", "lin0", "lin1", r=2, random_seed=3),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

@@ -19,6 +19,7 @@ from msft_peft import (
     LoraConfig,
     MissConfig,
     OFTConfig,
+    ShiraConfig,
     TrainableTokensConfig,
     get_peft_model,
 )
@@ -86,6 +87,8 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
         ValueError,
         "Please specify `target_modules`",
     ),
+    "shira: rank": (nets.Dense, "Shira", BOTH, ValueError, "The set rank 32 results in more shira params"),
+    "shira: whose mask?": (nets.Dense, "Shira", BOTH | {"r": 1, "mask_type": "x"}, ValueError, "set config.mask_fn"),
     "hra: pairs": (nets.Dense, "HRA", BOTH | {"apply_GS": True}, ValueError, "needs init_weights=False"),
     "miss: high": (nets.Dense, "Miss", BOTH | {"r": 7}, ValueError, r"`r` \(7\) must be less than or equal to the 6"),
     "miss: mini": (
@@ -266,6 +269,23 @@ def test_tokens_may_begin_at_random():
     config = TrainableTokensConfig(target_modules=["emb"], token_indices=[1], init_weights=False)
     (p,) = weights_of(get_peft_model(nets.Embedding(), config), "default")
     assert differ(p, array(nets.Embedding().emb.embedding_table)[[1]])
+
+
+def test_shira_takes_a_mask_of_your_own():
+    def mask(layer: nn.Cell, r: int, random_seed: int | None) -> np.ndarray:
+        found = np.zeros(layer.weight.shape)
+        found.flat[-r * sum(found.shape) :] = 1
+        return found
+
+    config = ShiraConfig(target_modules=["lin0"], r=1, mask_type="last")
+    config.mask_fn = mask
+    model = get_peft_model(nets.Dense(), config)
+    shake(weights_of(model, "default"))
+    delta = array(layers_of(model)[0].adapters["default"].delta_weight()).ravel()
+    assert np.flatnonzero(delta).tolist() == list(range(48 - 14, 48))
+    config.mask_fn = lambda layer, r, random_seed: np.ones((8, 6))
+    with pytest.raises(ValueError, match=r"a mask of shape \(8, 6\) with 48 ones"):
+        get_peft_model(nets.Dense(), config)
 
 
 def test_hra_of_an_odd_rank_is_no_identity():
