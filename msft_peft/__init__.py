@@ -110,6 +110,9 @@ from msft_peft.tuners.bitfit import (
 from msft_peft.tuners.bottleneck_adapter import (
     BottleneckAdapterConfig,
 )
+from msft_peft.tuners.c3a import (
+    C3AConfig,
+)
 from msft_peft.tuners.delora import (
     DeloraConfig,
 )
@@ -172,6 +175,9 @@ from msft_peft.tuners.oft import (
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
+from msft_peft.tuners.road import (
+    RoadConfig,
+)
 from msft_peft.tuners.shira import (
     ShiraConfig,
 )
@@ -215,6 +221,7 @@ __all__ = [
     "BdLoraConfig",
     "BitFitConfig",
     "BottleneckAdapterConfig",
+    "C3AConfig",
     "CPTConfig",
     "CPTEmbedding",
     "ConfigError",
@@ -268,6 +275,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RoadConfig",
     "ShiraConfig",
     "TaskType",
     "TrainableTokensConfig",

@@ -184,6 +184,11 @@ METHOD_CASES = {
         other("AdaLora", "conv2d", "conv2d", "conv0", "lin", init_r=3, target_r=2, total_step=10),
         other("AdaLora", "hf_conv1d", "gpt2", "c_attn", init_r=3, total_step=5, fan_in_fan_out=True),
         other("Shira", "linear", "mlp", "lin0", "lin1", r=2, random_seed=3),
+        other("Road", "one", "mlp", "lin0", "lin1", group_size=4),
+        other("Road", "two", "mlp", "lin0", "lin1", group_size=2, variant="road_2"),
+        other("Road", "four", "mlp", "lin0", "lin1", group_size=8, variant="road_4"),
+        other("C3A", "linear", "mlp", "lin0", "lin1", block_size=2),
+        other("C3A", "bias", "blocks", "up", "down", block_size=2, bias="c3a_only", block_size_pattern={"up": 1}),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

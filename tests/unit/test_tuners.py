@@ -9,6 +9,7 @@ from mindspore import Tensor, nn
 
 import msft_peft
 from msft_peft import (
+    C3AConfig,
     DeloraConfig,
     HiraConfig,
     HRAConfig,
@@ -19,6 +20,7 @@ from msft_peft import (
     LoraConfig,
     MissConfig,
     OFTConfig,
+    RoadConfig,
     ShiraConfig,
     TrainableTokensConfig,
     get_peft_model,
@@ -50,6 +52,11 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "oft: bias": ("OFT", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only, is not implemented"),
     "hra: rank": ("HRA", {"r": -2}, ValueError, "`r` should be a positive integer"),
     "tokens: no numbers": ("TrainableTokens", {"token_indices": ["a"]}, ValueError, "must be a list of int, got"),
+    "road: variant": ("Road", {"variant": "road_3"}, ValueError, "Invalid variant road_3 specified"),
+    "road: odd": ("Road", {"group_size": 3}, ValueError, "The group_size must be divisible by 2"),
+    "c3a: size": ("C3A", {"block_size": 0}, ValueError, "`block_size` should be a positive integer"),
+    "c3a: init": ("C3A", {"init_weights": "zeros"}, ValueError, "Unknown init_weights: 'zeros'"),
+    "c3a: bias": ("C3A", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
     "miss: init": ("Miss", {"init_weights": "bats"}, ValueError, "must be True, False, 'bat' or 'mini'"),
     "gralora: blocks": ("Gralora", {"r": 5}, ValueError, "r should be divisible by gralora_k, but got 5 and 2"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
@@ -89,6 +96,15 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
     ),
     "shira: rank": (nets.Dense, "Shira", BOTH, ValueError, "The set rank 32 results in more shira params"),
     "shira: whose mask?": (nets.Dense, "Shira", BOTH | {"r": 1, "mask_type": "x"}, ValueError, "set config.mask_fn"),
+    "road: groups": (nets.Dense, "Road", BOTH, ValueError, "must be divisible by group_size"),
+    "c3a: inputs": (nets.Dense, "C3A", BOTH | {"block_size": 4}, ValueError, "a factor of the input size"),
+    "c3a: outputs": (
+        nets.Dense,
+        "C3A",
+        {"target_modules": ["lin1"], "block_size": 4},
+        ValueError,
+        "a factor of the output size. However, the output size is 5 and the block size is 4: at lin1",
+    ),
     "hra: pairs": (nets.Dense, "HRA", BOTH | {"apply_GS": True}, ValueError, "needs init_weights=False"),
     "miss: high": (nets.Dense, "Miss", BOTH | {"r": 7}, ValueError, r"`r` \(7\) must be less than or equal to the 6"),
     "miss: mini": (
@@ -286,6 +302,24 @@ def test_shira_takes_a_mask_of_your_own():
     config.mask_fn = lambda layer, r, random_seed: np.ones((8, 6))
     with pytest.raises(ValueError, match=r"a mask of shape \(8, 6\) with 48 ones"):
         get_peft_model(nets.Dense(), config)
+
+
+@pytest.mark.parametrize(("init", "largest"), [(True, 0), (False, 0.68), ("kaiming_uniform", 0.41), ("gaussian", 9)])
+def test_c3a_begins_as_it_is_told(init: Any, largest: float):
+    model = get_peft_model(nets.Dense(), C3AConfig(target_modules=["lin0"], block_size=2, init_weights=init))
+    (p,) = weights_of(model, "default")
+    assert np.abs(array(p)).max() <= largest
+    assert bool(np.any(array(p))) == bool(largest)
+
+
+def test_road_keeps_lengths_but_for_alpha():
+    model = get_peft_model(nets.Dense(), RoadConfig(target_modules=["lin0"], group_size=4))
+    patch = layers_of(model)[0].adapters["default"]
+    shake([patch.road_theta])
+    x = nets.floats(5, 8)
+    turned = array(patch.after(x, x))
+    assert differ(turned, array(x))
+    assert_same(np.linalg.norm(turned, axis=1), np.linalg.norm(array(x), axis=1))
 
 
 def test_hra_of_an_odd_rank_is_no_identity():
