@@ -13,7 +13,7 @@ from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.ops import add_bias
 from msft_peft.backend.tree import inherit_mode
-from msft_peft.core.patch import Patch, Weights, place_of
+from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.routing import Routing
 from msft_peft.core.scale import Scale
 from msft_peft.errors import ConfigError, MergeError
@@ -103,18 +103,8 @@ class Wrapper(nn.Cell):
 
 def fixed_in(cell: nn.Cell) -> list[Parameter]:
     """The parameters that an adapter has there and never trains."""
-    return [getattr(holder, attribute) for holder in _holders(cell) for attribute in getattr(holder, "fixed", ())]
-
-
-def kept_in(cell: nn.Cell) -> list[Parameter]:
-    """Those of them that HF does not count among the parameters."""
-    holders = [holder for holder in _holders(cell) if isinstance(holder, Weights)]
-    return [getattr(holder, attribute) for holder in holders for attribute in holder.fixed - holder.counted]
-
-
-def _holders(cell: nn.Cell) -> list[nn.Cell]:
-    """An adapter's part there, and what that shares with its others."""
-    return [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
+    holders = [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
+    return [getattr(holder, attribute) for holder in holders for attribute in getattr(holder, "fixed", ())]
 
 
 class TunerLayer(Wrapper):

@@ -24,11 +24,8 @@ class Weights(nn.Cell):
         dtype: theirs.
         keys: attribute of each weight -> its key, below the path of the layer that it belongs to.
         fixed: attributes of weights that are never trained: buffers in HF, which does not count them as parameters.
-        counted: those of them that HF counts all the same.
         unsaved: attributes of weights that files do not hold, since they are made anew from the config.
     """
-
-    counted: frozenset[str] = frozenset()
 
     def __init__(self, site: Site, autocast: bool, low_cpu_mem_usage: bool) -> None:
         super().__init__()
@@ -145,6 +142,7 @@ class Patch(Weights):
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
         invocation: token ids from whose last occurrence on it acts; None if it acts on all tokens.
+        constants: how many numbers HF counts among the parameters that are constants here.
         casts_input: inputs are cast to the dtype of its weights.
     """
 
@@ -160,6 +158,7 @@ class Patch(Weights):
     # What its initialisation is called, where warnings are given of a `residual` adapter.
     title = "This adapter"
     invocation: tuple[int, ...] | None = None
+    constants = 0
     casts_input = True
 
     def __init__(

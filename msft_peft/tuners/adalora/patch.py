@@ -20,12 +20,12 @@ class AdaLoraPatch(Patch):
 
     Attributes:
         kept: which ranks are in use, and in files; None while all are.
-        ranknum (1,): the rank that the update is divided by; in no file.
+        ranknum: the rank that the update is divided by; HF has a parameter for it, in no file.
         scaling: s = lora_alpha.
     """
 
-    counted = frozenset({"ranknum"})
     kept: list[bool] | None = None
+    constants = 1
 
     def setup(self, site: Site, config: AdaLoraConfig) -> None:
         pattern = (config.rank_pattern or {}).get(f"{site.path}.lora_E")
@@ -40,8 +40,7 @@ class AdaLoraPatch(Patch):
         self.lora_E = self.weight("lora_E", (rows, 1), np.zeros((rows, 1), np.float32) if fresh else Normal(1.0))
         if self.r == 0:
             self.kept = [False]
-        number = float(config.init_r if self.r else 0)
-        self.ranknum = self.weight("ranknum", (1,), np.array([number], np.float32), fixed=True, saved=False)
+        self.ranknum = float(config.init_r if self.r else 0)
         self.scale = Scale(config.lora_alpha if config.lora_alpha > 0 else float(self.r))
         self.orth_reg_weight = config.orth_reg_weight
         self.dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
@@ -64,7 +63,7 @@ class AdaLoraPatch(Patch):
 
     def factor(self) -> Tensor:
         """(out, r): s/(ranknum + 1e-5)·B."""
-        return ops.mul(self.lora_B, ops.div(self.scale.value, ops.add(self.ranknum, 1e-5)))
+        return ops.mul(self.lora_B, self.scale.value / (self.ranknum + 1e-5))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         x = self.dropout(self.cast(x))
