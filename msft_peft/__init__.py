@@ -107,6 +107,9 @@ from msft_peft.tuners.adalora import (
 from msft_peft.tuners.bitfit import (
     BitFitConfig,
 )
+from msft_peft.tuners.boft import (
+    BOFTConfig,
+)
 from msft_peft.tuners.bottleneck_adapter import (
     BottleneckAdapterConfig,
 )
@@ -115,6 +118,9 @@ from msft_peft.tuners.c3a import (
 )
 from msft_peft.tuners.delora import (
     DeloraConfig,
+)
+from msft_peft.tuners.fourierft import (
+    FourierFTConfig,
 )
 from msft_peft.tuners.gralora import (
     GraloraConfig,
@@ -175,6 +181,9 @@ from msft_peft.tuners.oft import (
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
+from msft_peft.tuners.randlora import (
+    RandLoraConfig,
+)
 from msft_peft.tuners.road import (
     RoadConfig,
 )
@@ -183,6 +192,10 @@ from msft_peft.tuners.shira import (
 )
 from msft_peft.tuners.trainable_tokens import (
     TrainableTokensConfig,
+)
+from msft_peft.tuners.vblora import (
+    VBLoRAConfig,
+    VBLoRAModel,
 )
 from msft_peft.tuners.vera import (
     VeraConfig,
@@ -218,6 +231,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BdLoraConfig",
     "BitFitConfig",
     "BottleneckAdapterConfig",
@@ -228,6 +242,7 @@ __all__ = [
     "CordaConfig",
     "DeloraConfig",
     "EvaConfig",
+    "FourierFTConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
@@ -275,6 +290,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "RoadConfig",
     "ShiraConfig",
     "TaskType",
@@ -282,6 +298,8 @@ __all__ = [
     "Tuner",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "VBLoRAConfig",
+    "VBLoRAModel",
     "VeloraConfig",
     "VeraConfig",
     "WithRDropLoss",

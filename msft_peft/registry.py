@@ -32,6 +32,8 @@ class Method:
         extras: (model, config, its cells by path, Patches at the targets, paths of tied embeddings, autocast,
             low_cpu_mem_usage) -> Patches beside those at the targets or in their place, by path.
         tuner: the class of `PeftModel.base_model`, a `core.tuner.Tuner`, where the method has calls of its own.
+        pack, unpack: (config, arrays by key) -> the same as the safetensors file holds them, and back, where that is
+            another form.
     """
 
     config: type[PeftConfig]
@@ -47,6 +49,8 @@ class Method:
     mixed: bool = False
     extras: Callable[..., dict[str, Any]] | None = None
     tuner: type | None = None
+    pack: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+    unpack: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:

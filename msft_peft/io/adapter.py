@@ -27,6 +27,7 @@ from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
 from msft_peft.hosts import hf_names, input_table, output_head
+from msft_peft.registry import method_of
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 CKPT_NAME = "adapter_model.ckpt"
@@ -37,7 +38,32 @@ PROMPT_ENCODER_NAME = "prompt_encoder.safetensors"
 ADAPTER_ENTRY = "msft_peft_adapter"
 
 
-def save_tensors(directory: Path, name: str, entries: Mapping[str, Named], prefix: str = PREFIX) -> None:
+def packed(entries: Mapping[str, Named], prefix: str, config: PeftConfig | None) -> dict[str, np.ndarray]:
+    """The numbers of an adapter's tensors as HF's files hold them, by their keys there, sorted.
+
+    Args:
+        entries: see `Adapter.entries`.
+        prefix: stands before the keys.
+        config: the adapter's; None if its method is one that holds them as they are.
+    """
+    arrays = {in_file(prefix, key): named.read() for key, named in sorted(entries.items())}
+    pack = None if config is None else method_of(config).pack
+    return arrays if pack is None else pack(config, arrays)
+
+
+def unpacked(tensors: "Tensors", config: PeftConfig) -> "Tensors":
+    """What was read, in the form that the adapter of this config has in a model.
+
+    Raises:
+        LoadError: it cannot be brought into that.
+    """
+    unpack = method_of(config).unpack
+    return tensors if unpack is None else replace(tensors, arrays=unpack(config, tensors.arrays))
+
+
+def save_tensors(
+    directory: Path, name: str, entries: Mapping[str, Named], prefix: str = PREFIX, config: PeftConfig | None = None
+) -> None:
     """Write an adapter's tensors into `directory`, in both formats, each file whole or not at all.
 
     Args:
@@ -45,9 +71,10 @@ def save_tensors(directory: Path, name: str, entries: Mapping[str, Named], prefi
         name: the adapter's name; a part of the parameter names in the checkpoint, but of no key in the other file.
         entries: the tensors by their keys, see `Adapter.entries`.
         prefix: stands before the keys and the parameter names.
+        config: see `packed`. The checkpoint has the parameters as they are.
     """
     ordered = sorted(entries.items())
-    arrays = {in_file(prefix, key): named.read() for key, named in ordered}
+    arrays = packed(entries, prefix, config)
     with replacing(directory / SAFETENSORS_NAME) as path:
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
     # MindSpore knows a tied parameter by its first name alone.

@@ -12,11 +12,11 @@ from mindspore import Parameter, Tensor, nn
 from msft_peft.backend.tree import Named, torch_shape
 from msft_peft.core import inject, switch
 from msft_peft.core.inject import Adapter
-from msft_peft.core.keys import PREFIX, in_file
+from msft_peft.core.keys import PREFIX
 from msft_peft.core.layer import Wrapper
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import LoadError
-from msft_peft.io.adapter import Tensors, embeddings_to_save, read_tensors
+from msft_peft.io.adapter import Tensors, embeddings_to_save, packed, read_tensors, unpacked
 from msft_peft.io.load import LoadReport, as_arrays, fit
 
 State = Mapping[str, Tensor | Parameter | np.ndarray]
@@ -56,7 +56,7 @@ def get_peft_model_state_dict(
         entries = adapter.entries(base) | beside
     else:
         entries = entries_from(state_dict, adapter, base, prefix)[1] | taken_from(state_dict, beside, prefix)
-    return {in_file(prefix, key): Tensor(named.read().copy()) for key, named in sorted(entries.items())}
+    return {key: Tensor(array.copy()) for key, array in packed(entries, prefix, adapter.config).items()}
 
 
 def set_peft_model_state_dict(
@@ -81,7 +81,8 @@ def set_peft_model_state_dict(
 
     Raises:
         AdapterNameError: the adapter is not there.
-        LoadError: a tensor has another shape, or is missing with `low_cpu_mem_usage`; nothing was written.
+        LoadError: a tensor has another shape, or is missing with `low_cpu_mem_usage`, or cannot be what it is to be;
+            nothing was written.
         TypeError: a value that is no tensor.
 
     Differs: HF says nothing of missing and unexpected keys unless its return value is read, and lists all of the base
@@ -89,7 +90,8 @@ def set_peft_model_state_dict(
     """
     base = base_of(model)
     adapter = inject.adapter_in(base, adapter_name)
-    fitted = fit(Tensors("The given state dict", as_arrays(peft_model_state_dict)), adapter, base)
+    tensors = unpacked(Tensors("The given state dict", as_arrays(peft_model_state_dict)), adapter.config)
+    fitted = fit(tensors, adapter, base)
     fitted.report.check(False, ignore_mismatched_sizes, low_cpu_mem_usage)
     switch.unmerge_first(base, f"Adapter {adapter_name} cannot be overwritten when the model is merged.")
     return fitted.apply(adapter, base)

@@ -32,6 +32,7 @@ from msft_peft.io.adapter import (
     resumable,
     save_prompt_encoder,
     save_tensors,
+    unpacked,
     with_copies_in,
 )
 from msft_peft.io.card import CARD_NAME, About, write_card
@@ -464,7 +465,7 @@ class PeftModel(Prompted):
     def _write_files(self, folder: Path, plan: Mapping[str, "_Files"]) -> None:
         for name, files in plan.items():
             with replacing_all(folder / ("" if name == ROOT_ADAPTER else name)) as scratch:
-                save_tensors(scratch, name, files.entries, files.adapter.prefix)
+                save_tensors(scratch, name, files.entries, files.adapter.prefix, files.config)
                 save_prompt_encoder(scratch, files.adapter, files.keeps_encoder)
                 files.config.save_pretrained(scratch)
 
@@ -528,7 +529,7 @@ class PeftModel(Prompted):
         self = cls.__new__(cls)
         nn.Cell.__init__(self)
         model = as_cell(model)
-        tensors = read_tensors(model_id, key_mapping=key_mapping, **hub)
+        tensors = unpacked(read_tensors(model_id, key_mapping=key_mapping, **hub), config)
         config = with_copies_in(tensors, config, model)
         # What stands before the input comes from the file or is an error.
         undrawn = low_cpu_mem_usage or config.is_prompt_learning
@@ -568,8 +569,9 @@ class PeftModel(Prompted):
         warning. HF keeps the old adapter's scaling when it overwrites the weights.
         """
         config = _config_for(model_id, None, is_trainable, hub)
-        base, tensors = self.get_base_model(), read_tensors(model_id, key_mapping=key_mapping, **hub)
         self._check_method(config)
+        base, tensors = self.get_base_model(), read_tensors(model_id, key_mapping=key_mapping, **hub)
+        tensors = unpacked(tensors, config)
         config = with_copies_in(tensors, config, base)
         undrawn = low_cpu_mem_usage or config.is_prompt_learning
         adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype, undrawn)

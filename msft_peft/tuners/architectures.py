@@ -31,6 +31,22 @@ USUAL: dict[str, list[str] | str] = _by_architecture(_LAYERS) | {
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }
 
+# VB-LoRA's: fewer architectures, and more layers in some of them.
+VBLORA = {
+    kind: USUAL[kind]
+    for kind in (
+        "bert bloom deberta gemma gemma2 gemma3_text gemma4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj llama llama4 "
+        "nemotron_h qwen2 qwen3 roberta"
+    ).split()
+} | _by_architecture(
+    {
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"): ["bart", "opt"],
+        ("q", "k", "v", "o", "wi", "wo"): ["t5"],
+        ("q", "k", "v", "o", "wi_0", "wi_1", "wo"): ["mt5"],
+        ("query_proj", "key_proj", "value_proj", "dense"): ["deberta-v2"],
+    }
+)
+
 # (IA)³'s targets, and those among them that are scaled at their inputs.
 IA3 = _by_architecture(
     {

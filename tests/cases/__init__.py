@@ -144,6 +144,13 @@ def layers_of(model: nn.Cell) -> list[TunerLayer]:
     return [cell for _, cell in model.cells_and_names() if isinstance(cell, TunerLayer)]
 
 
+def repeated_keys(model: nn.Cell) -> set[str]:
+    """The keys under which HF's files hold the same at each layer again."""
+    patches = [patch for layer in layers_of(model) for patch in layer.adapters.values()]
+    repeated = [patch for patch in patches if patch.shared is not None and patch.shared.repeated]
+    return {f"base_model.model.{p.site.path}.{key}" for p in repeated for key in p.shared.keys.values()}
+
+
 def read_the_base(model: nn.Cell) -> bool:
     """Whether what an adapter does depends on the base weight, so that none can be merged on top of another."""
     return any(patch.reads_base for layer in layers_of(model) for patch in layer.adapters.values())

@@ -189,6 +189,20 @@ METHOD_CASES = {
         other("Road", "four", "mlp", "lin0", "lin1", group_size=8, variant="road_4"),
         other("C3A", "linear", "mlp", "lin0", "lin1", block_size=2),
         other("C3A", "bias", "blocks", "up", "down", block_size=2, bias="c3a_only", block_size_pattern={"up": 1}),
+        other("VBLoRA", "linear", "mlp", "lin0", "lin1", r=3, num_vectors=7, vector_length=2),
+        other(
+            "VBLoRA", "hf_conv1d", "gpt2", "c_attn", r=2, num_vectors=5, vector_length=2, topk=3, fan_in_fan_out=True
+        ),
+        other(
+            "FourierFT", "linear", "mlp", "lin0", "lin1", n_frequency=11, scaling=9.0, n_frequency_pattern={"lin1": 5}
+        ),
+        other("FourierFT", "hf_conv1d", "gpt2", "c_attn", n_frequency=7, random_loc_seed=3, fan_in_fan_out=True),
+        other("RandLora", "linear", "mlp", "lin0", "lin1", "out", r=3, randlora_alpha=5),
+        other("RandLora", "sparse", "mlp", "lin0", "out", r=4, randlora_alpha=5, sparse=True, save_projection=False),
+        other("RandLora", "hf_conv1d", "gpt2", "c_attn", r=2, randlora_alpha=3, very_sparse=True, fan_in_fan_out=True),
+        other("BOFT", "linear", "mlp", "lin0", "lin1", boft_block_size=2),
+        other("BOFT", "linear_number", "mlp", "lin1", boft_block_size=0, boft_block_num=2, bias="boft_only"),
+        other("BOFT", "conv2d", "conv2d_square", "conv0", "conv1", boft_block_size=0, boft_block_num=1),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

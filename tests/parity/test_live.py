@@ -28,6 +28,7 @@ def hf_load(the_case: Case, weights, folder, **options) -> HfPeftModel:
         warnings.filterwarnings("ignore", message="LoRA adapter added to ConvNd layer with groups > 1")
         warnings.filterwarnings("ignore", message="Unsupported layer type .*LayerNorm")
         warnings.filterwarnings("ignore", message="Specified to not (save|load)")
+        warnings.filterwarnings("ignore", message="Failed to load the CUDA|Setting boft_n_butterfly_factor to 1")
         module = theirs.build(the_case.net, weights)
         return HfPeftModel.from_pretrained(module, folder, is_trainable=True, **options).eval()
 

@@ -5,7 +5,8 @@ import peft
 import pytest
 import torch
 
-from msft_peft import VeraConfig, get_peft_model
+from msft_peft import PeftModel, RandLoraConfig, VeraConfig, get_peft_model
+from tests.cases import layers_of
 
 from . import ours, theirs
 from .cases import other, same
@@ -40,3 +41,38 @@ def test_two_vera_adapters_have_projections_of_their_own(tmp_path):
         mine.set_adapter(name)
         with torch.no_grad():
             same("output", mine(ours.ms.Tensor(x)).asnumpy(), wanted)
+
+
+def test_vblora_s_highest_logits_alone(tmp_path):
+    """With `save_only_topk_weights` either library reads what the other wrote, and writes the same."""
+    case = other("VBLoRA", "highest", "mlp", "lin0", "lin1", r=3, num_vectors=7, vector_length=2, topk=3)
+    case.config["save_only_topk_weights"] = True
+    weights, x, _ = theirs.data(case, 1)
+    hf = theirs.create(case, weights, 1)
+    hf.save_pretrained(tmp_path / "theirs")
+    mine = PeftModel.from_pretrained(ours.build("mlp", weights), tmp_path / "theirs")
+    ours.create(case, weights, 1).save_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        same("output", mine(ours.ms.Tensor(x)).asnumpy(), theirs.forward(hf, x))
+    again = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path / "ours").eval()
+    full = ours.create(case, weights, 1)
+    with torch.no_grad():
+        same("output", full(ours.ms.Tensor(x)).asnumpy(), theirs.forward(again, x))
+    again.save_pretrained(tmp_path / "again")
+    one, two = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors")[0] for who in ("ours", "again"))
+    assert {key: value[:2] for key, value in one.items()} == {key: value[:2] for key, value in two.items()}
+    assert {k: v for k, v in one.items() if "indices" in k} == {k: v for k, v in two.items() if "indices" in k}
+    assert full.base_model.get_nb_savable_parameters() == again.base_model.get_nb_savable_parameters()
+
+
+@pytest.mark.parametrize("settings", [{}, {"sparse": True}, {"very_sparse": True}], ids=str)
+@pytest.mark.parametrize("net", ["mlp", "blocks"])
+def test_randlora_s_bases_are_torch_s(net, settings):
+    layers = ["lin0", "lin1", "out"] if net == "mlp" else ["q_proj", "up"]
+    settings = {"r": 3, "target_modules": layers, "projection_prng_key": 11} | settings
+    weights, _, _ = theirs.data(other("RandLora", f"bits_{net}", net, *layers), 1)
+    hf = peft.get_peft_model(theirs.build(net, weights), peft.RandLoraConfig(**settings))
+    mine = get_peft_model(ours.build(net, weights), RandLoraConfig(**settings))
+    shared = next(layer.adapters["default"].shared for layer in layers_of(mine))
+    for name in ("randlora_A", "randlora_B"):
+        np.testing.assert_array_equal(getattr(shared, name).asnumpy(), getattr(hf.base_model, name)["default"].numpy())

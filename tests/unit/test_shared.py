@@ -11,6 +11,7 @@ from mindspore import Tensor
 from msft_peft import (
     LoadError,
     PeftModel,
+    VBLoRAConfig,
     VeraConfig,
     get_layer_status,
     get_peft_model,
@@ -162,3 +163,90 @@ def _compiled(model):
         return model(x)
 
     return ms.jit(step)
+
+
+# --- VB-LoRA -------------------------------------------------------------------------------------------------------
+
+BANK = {"target_modules": ["q", "head"], "r": 2, "num_vectors": 5, "vector_length": 1, "init_vector_bank_bound": 1.0}
+
+
+def vblora(**settings) -> PeftModel:
+    ms.set_seed(5)
+    model = get_peft_model(nets.Blocks().set_train(False), VBLoRAConfig(**BANK | settings))
+    shake(weights_of(model, "default"))
+    return model
+
+
+def test_the_bank_trains_and_merges_as_it_was():
+    """It may change while an adapter is merged: what was put in is taken out again."""
+    model = vblora()
+    (shared,) = shared_of(model).values()
+    bank = shared.vblora_vector_bank
+    assert bank.requires_grad
+    assert sum(p is bank for p in model.trainable_params()) == 1
+    before = [array(layer.weight) for layer in layers_of(model)]
+    model.merge_adapter()
+    bank.copy_(Tensor(array(bank) + 1))
+    model.unmerge_adapter()
+    for layer, weight in zip(layers_of(model), before):
+        assert_same(layer.weight, weight, "unmerge")
+    assert array(bank).max() > 1.5
+
+
+def test_only_the_highest_are_kept(tmp_path, capsys):
+    model = vblora(save_only_topk_weights=True, topk=3)
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {key.removeprefix("base_model.model.head.vblora_"): (a.shape, a.dtype) for key, a in tensors.items()}
+    assert shapes["logits_A_topk_indices"] == ((2, 4, 3), np.uint8)
+    assert shapes["logits_A_topk_weights"] == ((2, 4, 2), np.float32)
+    assert set(get_peft_model_state_dict(model)) == set(tensors)
+    model.print_savable_parameters()
+    size = sum(array.nbytes for array in tensors.values()) // 4
+    assert capsys.readouterr().out.startswith(f"VB-LoRA params to-be-saved (float32-equivalent): {size:,d} || total")
+
+    loaded = PeftModel.from_pretrained(vblora().unload(), tmp_path)
+    assert_same(output(loaded), output(model))
+    loaded.save_pretrained(tmp_path / "again")
+    again = safetensors.numpy.load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(np.allclose(again[key], value, atol=1e-6) for key, value in tensors.items())
+
+    with pytest.raises(LoadError, match="for inference only"):
+        PeftModel.from_pretrained(vblora().unload(), tmp_path, is_trainable=True)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    trained = PeftModel.from_pretrained(vblora().unload(), tmp_path, is_trainable=True).set_train(False)
+    assert_same(output(trained), output(model), "exact")
+
+
+@pytest.mark.parametrize("spoilt", ["far", "lost"])
+def test_what_is_no_choice_of_vectors(tmp_path, spoilt):
+    model = vblora(save_only_topk_weights=True)
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.head.vblora_logits_A_topk_"
+    if spoilt == "far":
+        tensors[key + "indices"] = tensors[key + "indices"] + np.uint8(5)
+    else:
+        del tensors[key + "weights"]
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LoadError, match="not among num_vectors=5" if spoilt == "far" else "needs .*topk_weights"):
+        PeftModel.from_pretrained(vblora().unload(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"topk": 6}, ValueError, r"`topk` \(6\) must not be larger than `num_vectors` \(5\)"),
+        ({"num_vectors": 0}, ValueError, "`num_vectors` should be a positive integer"),
+        (
+            {"vector_length": 3},
+            ValueError,
+            "`in_features` 4 must be divisible by `vector_length` 3: at layers.0.attn.q",
+        ),
+        ({"vector_length": 4}, ValueError, "`out_features` 3 must be divisible by `vector_length` 4: at head"),
+        ({"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
+    ],
+)
+def test_what_vblora_refuses(settings, error, text):
+    with pytest.raises(error, match=text):
+        vblora(**settings)
