@@ -258,6 +258,7 @@ class TunerLayer(Wrapper):
         if patch.residual:
             self.given[name] = patch.snapshot()
             self._write_weight(patch.remainder(self._full_weight()))
+        self.introduce()
 
     def _show(self, place: str) -> None:
         """Hang a view into the tree, below plain Cells if its place has several parts."""
@@ -298,6 +299,13 @@ class TunerLayer(Wrapper):
     def activate(self, names: Iterable[str]) -> None:
         super().activate(names)
         self._switch()
+        self.introduce()
+
+    def introduce(self) -> None:
+        """Tell each adapter here of the others."""
+        held = self.held()
+        for name, patch in held.items():
+            patch.meet({other: held[other] for other in held if other != name})
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -612,6 +620,13 @@ def wrappers(root: nn.Cell) -> list[tuple[str, Wrapper]]:
     seen: set[int] = set()
     _find_wrappers(root, "", found, seen)
     return found
+
+
+def introduce(root: nn.Cell) -> None:
+    """Tell the adapters of each layer of the others: what must follow when the weights of one were written."""
+    for _, wrapper in wrappers(root):
+        if isinstance(wrapper, TunerLayer):
+            wrapper.introduce()
 
 
 def _find_wrappers(cell: nn.Cell, path: str, found: list[tuple[str, Wrapper]], seen: set[int]) -> None:

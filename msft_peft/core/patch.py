@@ -276,6 +276,9 @@ class Patch(Weights):
         """The base weight once another `residual` adapter has given back to it, while this one stays."""
         return w
 
+    def meet(self, others: Mapping[str, "Patch"]) -> None:
+        """Be told of the other adapters at the layer: whenever adapters come, go, are chosen or are loaded."""
+
     def check_mergeable(self) -> None:
         """Raise `MergeError` if this Patch cannot be merged where it sits."""
         return None

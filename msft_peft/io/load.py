@@ -14,7 +14,7 @@ from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named, get_child, named_parameters
 from msft_peft.core.inject import Adapter
 from msft_peft.core.keys import PREFIX, in_file
-from msft_peft.core.layer import Wrapper
+from msft_peft.core.layer import Wrapper, introduce
 from msft_peft.core.patch import Patch
 from msft_peft.errors import LoadError, MergeError, PeftWarning
 from msft_peft.hosts import hf_names
@@ -109,6 +109,7 @@ class Fit:
         changed = any(_differ(array, now) for array, now in _beside_patches(self.pairs, adapter, model))
         for named, array in self.pairs:
             named.write(array)
+        introduce(model)
         # What stands before the input is always looked at.
         acting = changed or adapter.prompt is not None or _any(acts(patch) for patch in adapter.patches.values())
         return replace(self.report, does_something=acting)

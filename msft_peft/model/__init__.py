@@ -1,5 +1,6 @@
 """PeftModel, its task classes, and `get_peft_model`."""
 
+from msft_peft.model.arrow import create_arrow_model
 from msft_peft.model.build import get_peft_model
 from msft_peft.model.checkpointing import prepare_model_for_gradient_checkpointing, prepare_model_for_kbit_training
 from msft_peft.model.mixed import PeftMixedModel
@@ -27,6 +28,7 @@ __all__ = [
     "TunerLayerStatus",
     "TunerModelStatus",
     "cast_mixed_precision_params",
+    "create_arrow_model",
     "disable_input_dtype_casting",
     "get_layer_status",
     "get_model_status",

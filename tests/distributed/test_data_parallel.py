@@ -70,6 +70,7 @@ def test_two_workers(tmp_path: Path):
     for compiled in (True, False):
         trained_alike(tmp_path, compiled)
         rank_0_saved(tmp_path, compiled)
+    found_together(tmp_path)
     # What must be refused, and that the root's bits arrive in every dtype, the workers have asserted themselves.
     first, second = np.load(tmp_path / "rank_0_other.npz"), np.load(tmp_path / "rank_1_other.npz")
     for name in first.files:
@@ -85,6 +86,15 @@ def trained_alike(folder: Path, compiled: bool) -> None:
         assert_same(first[name], alone[name], "workers")
     # The adapter has moved by far more than that.
     assert any(np.abs(first[name]).max() > 0.02 for name in first.files if "lora_B" in name)
+
+
+def found_together(folder: Path) -> None:
+    """EVA's components are those of one worker on the joined batches."""
+    first, second, alone = (np.load(folder / f"{name}_eva.npz") for name in ("rank_0", "rank_1", "alone"))
+    assert set(first.files) == set(second.files) == set(alone.files)
+    for name in first.files:
+        assert_same(second[name], first[name], "exact")
+        np.testing.assert_allclose(first[name], alone[name], atol=1e-4)
 
 
 def rank_0_saved(folder: Path, compiled: bool) -> None:

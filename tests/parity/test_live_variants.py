@@ -1,6 +1,6 @@
 """LoRA's variants beside HF peft on torch: what is no forward, merge or file, which test_live.py compares."""
 
-from functools import partial
+from functools import partial, partialmethod
 
 import mindspore as ms
 import numpy as np
@@ -8,8 +8,9 @@ import peft
 import pytest
 import torch
 from mindspore import Tensor, nn, ops
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
-from msft_peft import LoraConfig
+from msft_peft import ArrowConfig, LoraConfig, create_arrow_model
 from msft_peft.tuners.lora.monteclora import MontecloraPatch
 from tests.cases import layers_of
 
@@ -175,3 +176,47 @@ def test_monteclora_trains_as_in_hf(name, mode, tmp_path, monkeypatch):
 def divergence(sampler, alpha: torch.Tensor) -> torch.Tensor:
     prior = torch.full_like(alpha, sampler.dirichlet_prior)
     return torch.distributions.kl_divergence(*map(torch.distributions.Dirichlet, (alpha, prior)))
+
+
+def adapters_for_arrow(folder, count: int, seed: int) -> list[str]:
+    """Paths of HF's adapters."""
+    paths = []
+    for i in range(count):
+        the_case = case(f"arrow{seed}{i}", "mlp", "lin0", "out", lora_alpha=3 + i)
+        model = theirs.create(the_case, theirs.data(MLP)[0])
+        paths.append(str(folder / f"{seed}-{i}"))
+        model.save_pretrained(paths[-1])
+    return paths
+
+
+MLP = case("arrow", "mlp", "lin0", "out")
+
+
+@pytest.mark.parametrize("general", [0, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_arrow_routes_as_in_hf(top_k, general, tmp_path, monkeypatch):
+    """Outputs and the gradient of the input, and what either library saves of the router."""
+    iterate = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
+    monkeypatch.setattr(ArrowLoraLinearLayer, iterate.__name__, partialmethod(iterate, iters=1000))  # HF's 15 are few
+    paths, others = adapters_for_arrow(tmp_path, 4, 1), adapters_for_arrow(tmp_path, general, 2)
+    weights, x, _ = theirs.data(MLP)
+    settings = {"top_k": top_k, "router_temperature": 0.7, "use_gks": general > 0, "rng_seed": 3}
+    hf = peft.create_arrow_model(theirs.build("mlp", weights), paths, peft.ArrowConfig(**settings), others).eval()
+    mine = create_arrow_model(ours.build("mlp", weights), paths, ArrowConfig(**settings), others).set_train(False)
+
+    def loss(x):
+        return ops.reduce_sum(ops.square(mine.base_model(x)))
+
+    inputs = torch.tensor(x, requires_grad=True)
+    y = hf.base_model(inputs)
+    y.square().sum().backward()
+    same("model output", mine.base_model(Tensor(x)).asnumpy(), y.detach().numpy())
+    same("model gradient", ms.grad(loss)(Tensor(x)).asnumpy(), inputs.grad.numpy())
+    for model, folder in ((hf, "theirs"), (mine, "ours")):
+        model.save_pretrained(tmp_path / folder)
+    a, b = (
+        ours.tensors_of(tmp_path / who / "arrow_router/adapter_model.safetensors")[0] for who in ("ours", "theirs")
+    )
+    assert {key: value[:2] for key, value in a.items()} == {key: value[:2] for key, value in b.items()}
+    a, b = (ours.config_in(tmp_path / who / "arrow_router") for who in ("ours", "theirs"))
+    assert a == b

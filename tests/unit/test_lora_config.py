@@ -102,7 +102,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ensure_weight_tying": {"ensure_weight_tying": True},
 }
 
-NOT_BUILT = ("megatron_config use_qalora arrow_config").split()
+NOT_BUILT = ("megatron_config", "use_qalora")
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dora a word": ({"use_dora": "yes"}, ValueError, "`use_dora` must be True or False, got 'yes'"),
@@ -228,11 +228,11 @@ def test_a_regex_that_does_not_compile_is_named(name: str):
 
 
 @pytest.mark.parametrize("name", NOT_BUILT)
-def test_what_is_not_built_is_refused_on_a_model_and_not_before(name: str):
+def test_what_cannot_be_built_is_refused_on_a_model_and_not_before(name: str):
     base = nets.Dense()
     before = state_of(base)
     config = LoraConfig(**{"target_modules": ["lin0"]} | OTHERS[name])
-    with pytest.raises(NotImplementedError, match=rf"LoraConfig\.{name}=.* (is not built yet|MindSpore|Megatron)"):
+    with pytest.raises(NotImplementedError, match=rf"LoraConfig\.{name}=.* (MindSpore|Megatron)"):
         get_peft_model(base, config)
     assert state_of(base) == before
 

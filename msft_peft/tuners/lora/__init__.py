@@ -2,6 +2,7 @@
 
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
+from msft_peft.tuners.lora.arrow import ArrowPatch
 from msft_peft.tuners.lora.bdlora import BdLoraPatch
 from msft_peft.tuners.lora.config import LoraConfig, LoraRuntimeConfig
 from msft_peft.tuners.lora.conversion import convert_to_lora, save_as_lora
@@ -50,6 +51,7 @@ METHOD = Method(
     variants={
         "dora": {"dense": DoraPatch, "embedding": DoraEmbeddingPatch} | dict.fromkeys(_CONVOLUTIONS, DoraPatch),
         "alora": {"dense": LoraPatch},
+        "arrow": {"dense": ArrowPatch},
         "bdlora": {"dense": BdLoraPatch},
         "kasa": {"dense": KasaPatch},
         "velora": {"dense": VeloraPatch},

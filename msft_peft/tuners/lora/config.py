@@ -48,7 +48,7 @@ class LoraRuntimeConfig:
 class LoraConfig(TargetedConfig):
     """Low-Rank Adaptation: W' = W + s·B·A with s = lora_alpha / r, or lora_alpha / √r with `use_rslora`.
 
-    Every field of HF peft 0.21.2 is accepted and kept through JSON. One whose effect is not built yet raises
+    Every field of HF peft 0.21.2 is accepted and kept through JSON. One that asks for what MindSpore lacks raises
     NotImplementedError, with its name, when the config is applied to a model.
 
     Args:
@@ -81,11 +81,12 @@ class LoraConfig(TargetedConfig):
         velora_config: keep the inputs of A for the backward pass in compressed form; see `velora.py`. Dense layers
             only.
         monteclora_config: train with the mean of random samples around A; see `monteclora.py`. Dense layers only.
+        arrow_config: the adapter is a router over the others in the model; see `create_arrow_model`.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these, as objects or dicts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
-    The other fields are HF's. arrow_config is not built yet. Some are for what MindSpore does not have:
-    megatron_config and megatron_core, use_qalora and qalora_group_size, runtime_config.
+    The other fields are HF's, for what MindSpore does not have: megatron_config and megatron_core, use_qalora and
+    qalora_group_size, runtime_config.
 
     Raises:
         ConfigError: a value out of range, an unknown initialisation, or options that exclude each other.
@@ -247,10 +248,8 @@ def _made(kind: type, fields: Mapping[str, Any]) -> Any:
     return found
 
 
-_LATER = "is not built yet"
 _NOT_BUILT = {
     "megatron_config": "is for Megatron's parallel linear layers, which exist in torch alone",
     "use_qalora": "is for a base that GPTQ has quantised in groups, and MindSpore has no layers for such weights",
     "runtime_config": "asks for layers on another device, and a MindSpore process has one device",
-    "arrow_config": _LATER,
 }

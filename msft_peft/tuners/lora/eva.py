@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore.communication import GlobalComm, get_group_size
 from tqdm import tqdm
 
@@ -85,8 +85,9 @@ class _Search:
         done: the paths of the layers whose components, as many as they are to have, have settled.
     """
 
-    def __init__(self, config: LoraConfig, sites: Mapping[str, Site], prepare: Any) -> None:
-        self.eva, self.prepare = config.eva_config, prepare
+    def __init__(self, config: LoraConfig, sites: Mapping[str, Site], prepare: Any, gather: bool) -> None:
+        self.eva, self.prepare, self.gather = config.eva_config, prepare, gather
+        self.widths = {path: site.in_features for path, site in sites.items()}
         self.ranks = {path: match_pattern(config.rank_pattern, path, config.r) for path in sites}
         sizes = {path: min(round(self.ranks[path] * self.eva.rho), site.in_features) for path, site in sites.items()}
         self.layers = {path: _Layer(size, self.eva.tau) for path, size in sizes.items()}
@@ -108,8 +109,13 @@ class _Search:
     def end(self) -> None:
         """The batch is through the model."""
         for path, layer in self.layers.items():
-            if path not in self.done and sum(map(len, self.rows[path])) >= layer.pca.size:
-                layer.update(np.concatenate(self.rows[path]))
+            if path in self.done:
+                continue
+            rows = np.concatenate([np.zeros((0, self.widths[path]), np.float32), *self.rows[path]])
+            if self.gather:
+                rows = gathered(rows)
+            if len(rows) >= layer.pca.size:
+                layer.update(rows)
         shares = self.shares()
         self.done = {
             path for path, layer in self.layers.items() if layer.pca.seen and layer.settled[: shares[path]].all()
@@ -143,6 +149,18 @@ class _Search:
                 f"EVA looks for {max(self.layers[path].pca.size for path in short)} components, but no batch had that "
                 f"many positions for {short}: use larger batches, a smaller r or rho, or check the mask."
             )
+
+
+def gathered(rows: np.ndarray) -> np.ndarray:
+    """The rows (n, in) of all workers, each with an n of its own, one below the other: the same on all of them."""
+    gather = ops.AllGather()
+    counts = gather(Tensor(np.array([len(rows)], np.float32))).asnumpy().astype(int)
+    if not counts.any():
+        return rows
+    padded = np.zeros((counts.max(), rows.shape[1]), np.float32)
+    padded[: len(rows)] = rows
+    parts = np.split(gather(Tensor(padded)).asnumpy(), len(counts))
+    return np.concatenate([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def forward_fn_dict(model: nn.Cell, inputs: Mapping[str, Any]) -> Any:
@@ -214,22 +232,21 @@ def get_eva_state_dict(
         prepare_layer_inputs_fn: layer input, that, layer path -> rows (positions, in); or a dict of such functions by
             layer path. None: all positions.
         adapter_name: which adapter of a PeftModel.
-        gather_distributed_inputs: must be False in a distributed run: every worker uses its own batches.
+        gather_distributed_inputs: in a distributed run every worker brings its own batches, and all of them find the
+            components of what all saw; they must call this together. False: each finds its own.
         show_progress_bar: show one.
 
     Raises:
         ConfigError: no config, one that is not for EVA, no batches, or too few positions in every batch.
-        NotImplementedError: a distributed run with `gather_distributed_inputs`.
 
     Differs: HF goes on for ever if no batch has as many positions as components are looked for.
     """
     tuner, base, config = _settled(model, peft_config, adapter_name)
-    if gather_distributed_inputs and GlobalComm.INITED and get_group_size() > 1:
-        raise NotImplementedError("gather_distributed_inputs=True is not built yet: pass False, workers then differ")
+    gather = gather_distributed_inputs and GlobalComm.INITED and get_group_size() > 1
     if next(iter(_batches(dataloader)), None) is None:
         raise ConfigError("dataloader is empty")
     sites = dense_targets(base, config)
-    search = _Search(config, sites, prepare_layer_inputs_fn)
+    search = _Search(config, sites, prepare_layer_inputs_fn, gather)
     off = contextlib.nullcontext() if tuner is None else tuner._disabled()
     watched = watching({path: site.layer for path, site in sites.items()}, search.see)
     with evaluating(model), off, watched, tqdm(total=len(sites), desc="EVA", disable=not show_progress_bar) as bar:

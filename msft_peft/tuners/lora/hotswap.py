@@ -14,7 +14,7 @@ from msft_peft.config import PeftConfig
 from msft_peft.core import inject, switch
 from msft_peft.core.inject import Adapter
 from msft_peft.core.keys import PREFIX
-from msft_peft.core.layer import TunerLayer
+from msft_peft.core.layer import TunerLayer, introduce
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import AdapterNameError, ConfigError, LoadError, MergeError
 from msft_peft.io.adapter import Tensors, read_tensors
@@ -196,6 +196,7 @@ def _swap(model: nn.Cell, tensors: Tensors, name: str, config: PeftConfig) -> No
             # The magnitude of a layer without an update is the base weight's own.
             vector = patch.lora_magnitude_vector
             write(vector, as_float32(to_numpy(patch.norm())).reshape(vector.shape))
+    introduce(base)
     base.peft_config = inject.configs_of(base) | {name: _config_of(adapter, config)}
     if stale:
         drop_compiled()
