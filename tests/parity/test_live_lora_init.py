@@ -385,3 +385,25 @@ def test_errors_are_of_the_same_kind(case):
         fields = {key: sub() if value == "default" else value for key, value in ERRORS[case].items()}
         with pytest.raises(ValueError):  # noqa: PT011 - what it says differs
             library.get_peft_model(tree(), library.LoraConfig(target_modules=TARGETS, **fields))
+
+
+def test_an_adapter_less_what_it_began_with():
+    """By `subtract_mutated_init`, for tensors at hand."""
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS}
+    hf, mine = both(True)
+    hf.add_adapter("initial", peft.LoraConfig(**settings))
+    mine.add_adapter("initial", msft_peft.LoraConfig(**settings))
+    rng = np.random.default_rng(6)
+    for name in TARGETS:
+        for kind in ("lora_A", "lora_B"):
+            for adapter in ("default", "initial"):
+                p = getattr(getattr(hf.base_model.model, name), kind)[adapter].weight
+                q = getattr(getattr(mine.base_model.model, name), kind)[adapter].weight
+                p.data = torch.tensor(rng.standard_normal(p.shape).astype(np.float32))
+                q.copy_(Tensor(p.detach().numpy()))
+    theirs_now, now = peft.get_peft_model_state_dict(hf), msft_peft.get_peft_model_state_dict(mine)
+    expected = hf.base_model.subtract_mutated_init(theirs_now, "initial", {})
+    found = mine.base_model.subtract_mutated_init(now, "initial")
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key].asnumpy(), value.numpy(), err_msg=key)

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from msft_peft import ConfigError, LoadError, LoraConfig, PeftModel, PeftWarning, get_peft_model
+from msft_peft import (
+    AdapterNameError,
+    ConfigError,
+    LoadError,
+    LoraConfig,
+    PeftModel,
+    PeftWarning,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from msft_peft.tuners.lora import init as inits
 from msft_peft.tuners.lora.init_config import DIRECTIONS, SCALES, EvaConfig, LoftQConfig, LoraGAConfig
 from tests import nets
@@ -111,6 +120,30 @@ def test_mica_decomposes_nothing_where_its_factors_are_about_to_be_loaded(monkey
         dense(), LoraConfig(target_modules=TARGETS, init_lora_weights="mica"), low_cpu_mem_usage=True
     )
     assert all(np.isnan(array(p)).all() for p in weights_of(model, "default"))
+
+
+def test_subtracting_an_initial_adapter_keeps_the_rest_and_lists_what_is_missing():
+    ms.set_seed(5)
+    config = LoraConfig(r=2, target_modules=["emb", "lin"], modules_to_save=None)
+    model = get_peft_model(nets.Embedding(), config)
+    model.add_adapter("initial", config)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["emb"]))
+    for seed, name in enumerate(("default", "initial")):
+        shake(weights_of(model, name), seed=seed)
+    now = get_peft_model_state_dict(model) | {"base_model.model.head.weight": Tensor(weight(2, 2))}
+    found = model.base_model.subtract_mutated_init(now, "initial")
+    assert found["base_model.model.head.weight"] is now["base_model.model.head.weight"]
+    layer = model.get_base_model().emb
+    a, b = (array(found[f"base_model.model.emb.lora_embedding_{factor}"]) for factor in "AB")
+    expected = array(layer.adapters["default"].delta_weight()) - array(layer.adapters["initial"].delta_weight())
+    np.testing.assert_allclose(4 * (b @ a).T, expected, atol=1e-5)
+    with pytest.raises(LoadError, match=r"lin\.lora_A\.weight is missing; base_model\.model\.lin\.lora_B"):
+        model.base_model.subtract_mutated_init(now, "other")
+    with pytest.raises(AdapterNameError, match="nothing"):
+        model.base_model.subtract_mutated_init(now, "nothing")
+    wrong = now | {"base_model.model.lin.lora_A.weight": Tensor(weight(2, 3))}
+    with pytest.raises(LoadError, match=r"lin\.lora_A\.weight has the shape .* beside \(2, 3\)"):
+        model.base_model.subtract_mutated_init(wrong, "initial")
 
 
 def test_svd_lowrank_is_exact_where_the_rank_is_low():

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -44,6 +45,8 @@ class ArrowPatch(LoraPatch):
     """
 
     factored = grows = False
+    routes: tuple[Reference, ...] = ()
+    general: tuple[Reference, ...] = ()
 
     def setup(self, site: Site, config: LoraConfig) -> None:
         super().setup(site, config)
@@ -86,7 +89,7 @@ class ArrowPatch(LoraPatch):
         lost = sorted(set(general) - set(others))
         if lost:
             return f"{where} needs the general adapters {lost}, which are not there: load them."
-        for name, patch in (tasks | {name: others[name] for name in general}).items():
+        for name, patch in [*tasks.items(), *((name, others[name]) for name in general)]:
             if not is_plain(patch):
                 return f"{where} routes among plain LoRA adapters only, and {name!r} is none: take it out."
         if len({patch.lora_A.shape for patch in (*tasks.values(), *(others[name] for name in general))}) > 1:
@@ -107,11 +110,13 @@ class ArrowPatch(LoraPatch):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(E·r, in) and (E·r, out): the adapters' A, scaled, and their B, transposed, one below the other."""
-        mean_a, mean_b = 0.0, 0.0
+        mean_a: Any = 0.0
+        mean_b: Any = 0.0
         for reference in self.general:
             mean_a = mean_a + reference.patch.lora_A / len(self.general)
             mean_b = mean_b + reference.patch.lora_B / len(self.general)
-        downs, ups = [], []
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
         for reference in self.routes:
             patch = reference.patch
             downs.append(patch.scaled(patch.lora_A - mean_a))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from mindspore import nn
+from mindspore import Tensor, nn
 
 from msft_peft.backend.arrays import as_float32, to_numpy, write
 from msft_peft.backend.tree import names_prefix
@@ -16,6 +16,8 @@ from msft_peft.core.layer import copy_of
 from msft_peft.core.patch import Patch
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import AdapterNameError, ConfigError
+from msft_peft.io.adapter import PREFIX
+from msft_peft.io.state import get_peft_model_state_dict
 from msft_peft.tuners.lora.combine import (
     COMBINATION_TYPES,
     ON_DELTAS,
@@ -31,6 +33,7 @@ from msft_peft.tuners.lora.kasa import KasaPatch
 from msft_peft.tuners.lora.monteclora import MontecloraPatch
 from msft_peft.tuners.lora.patch import LoraPatch
 from msft_peft.tuners.lora.penalty import Penalty
+from msft_peft.tuners.lora.residual import minus_initial
 
 # The pairs of weights that are a product of two factors and nothing else.
 _FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -117,6 +120,29 @@ class LoraModel(Tuner):
         prefix = names_prefix(self)
         inject.attach(self.model, made)
         inject.settle(self, prefix)
+
+    def subtract_mutated_init(
+        self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors less those of another one: a LoRA of both ranks, s·(B·A - B₀·A₀) = s·[B, -B₀]·[A; A₀].
+
+        It is what `save_pretrained(path_initial_model_for_weight_conversion=...)` does to an adapter that changed the
+        base weights, for tensors at hand.
+
+        Args:
+            output_state_dict: the adapter's, under the keys of HF's files.
+            adapter_name: an adapter in the model: what the first one began with, loaded as plain LoRA.
+            kwargs: may have a "state_dict", to take that adapter's values from.
+
+        Raises:
+            AdapterNameError: it is not there.
+            LoadError: it lacks some of the first one's factors, or has them in other sizes; they are listed.
+
+        Differs: HF drops embeddings' factors and all that is no factor, silently, and fails with no `kwargs`.
+        """
+        taken = (kwargs or {}).get("state_dict")
+        initial = get_peft_model_state_dict(self.model, state_dict=taken, adapter_name=adapter_name)
+        return minus_initial(output_state_dict, initial, PREFIX)
 
     def penalty(self, adapter_names: str | list[str] | None = None) -> Penalty:
         """What KaSA and MonteCLoRA adapters add to the loss, as a Cell that is called where the loss is computed.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from msft_peft.backend.arrays import as_float32
+from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named
 from msft_peft.config import PeftConfig
 from msft_peft.core.inject import Adapter
@@ -17,8 +17,8 @@ from msft_peft.errors import ConfigError, LoadError
 from msft_peft.io.adapter import PREFIX, Tensors, read_tensors
 from msft_peft.tuners.lora.config import LoraConfig
 
+# The factors' ends in a state dict, and where their rank is.
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# The factors, and where their rank is.
 _AXES = {_A: 0, _B: 1, ".lora_embedding_A": 0, ".lora_embedding_B": 1}
 
 
@@ -78,6 +78,37 @@ def as_plain_lora(
         p = Parameter(Tensor(both, entries[key].parameter.dtype), name=entries[key].parameter.name)
         twice[key] = entries[key]._replace(parameter=p, shape=both.shape, blocks=1)
     return {**entries, **twice}, _of_twice_the_rank(config)
+
+
+def minus_initial(now: Mapping[str, Tensor], initial: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """An adapter's tensors by key, with the factors of its beginning joined to its own: [A; A₀] and [B, -B₀].
+
+    Args:
+        now: the adapter's tensors; what is no factor is kept as it is.
+        initial: those that it began with, by keys without the prefix.
+        prefix: what the keys of `now` begin with.
+
+    Raises:
+        LoadError: a factor has none to be joined with, or one of another size.
+    """
+    found, faults = dict(now), []
+    for key, value in now.items():
+        suffix = next((suffix for suffix in _AXES if key.endswith(suffix)), None)
+        if suffix is None:
+            continue
+        before, axis = initial.get(key.removeprefix(prefix)), _AXES[suffix]
+        if before is None:
+            faults.append(f"{key} is missing")
+            continue
+        one, other = to_numpy(value), to_numpy(before)
+        if np.delete(one.shape, axis).tolist() != np.delete(other.shape, axis).tolist():
+            faults.append(f"{key} has the shape {other.shape} beside {one.shape}")
+            continue
+        joined = np.concatenate([one, -other if axis == 1 else other], axis)
+        found[key] = Tensor(joined)
+    if faults:
+        raise LoadError(f"The initial adapter does not fit: {'; '.join(faults)}.")
+    return found
 
 
 def _initial_factors(started: Tensors, wanted: Mapping[str, tuple[int, ...]], name: str) -> dict[str, np.ndarray]:
