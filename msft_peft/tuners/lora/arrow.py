@@ -113,12 +113,12 @@ class ArrowPatch(LoraPatch):
         mean_a: Any = 0.0
         mean_b: Any = 0.0
         for reference in self.general:
-            mean_a = mean_a + reference.patch.lora_A / len(self.general)
-            mean_b = mean_b + reference.patch.lora_B / len(self.general)
+            mean_a = mean_a + reference.cell.lora_A / len(self.general)
+            mean_b = mean_b + reference.cell.lora_B / len(self.general)
         downs: list[Tensor] = []
         ups: list[Tensor] = []
         for reference in self.routes:
-            patch = reference.patch
+            patch = reference.cell
             downs.append(patch.scaled(patch.lora_A - mean_a))
             ups.append(ops.transpose(patch.lora_B - mean_b, (1, 0)))
         return ops.concat(downs, 0), ops.concat(ups, 0)
