@@ -2,6 +2,7 @@
 
 from msft_peft.hosts.blocks import PLACES, blocks_path, cell_lists
 from msft_peft.hosts.cells import parameter_site
+from msft_peft.hosts.mindtorch_fixes import plain_dtypes
 from msft_peft.hosts.models import (
     as_cell,
     class_of,
@@ -34,6 +35,7 @@ __all__ = [
     "original",
     "output_head",
     "parameter_site",
+    "plain_dtypes",
     "settle",
     "signature",
     "tokenizer_name",

@@ -7,10 +7,11 @@ imported here before a user has made one of its models.
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
 from msft_peft.hosts import mindtorch_fixes
@@ -67,12 +68,31 @@ class ModuleCell(nn.Cell):
         return self.module(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get(_STATES), tuple):
-            raise NotImplementedError(
-                "transformers' generate takes no prefix of keys and values: call the model itself, or use a method "
-                "that puts tokens before the input."
-            )
+        """The Module's `generate`; what stands before the input comes as embeddings, or as keys and values."""
+        ids = kwargs.get("input_ids")
+        if ids is not None and not self.module.config.is_encoder_decoder:
+            if isinstance(kwargs.get(_STATES), tuple):
+                return self._generate_after_prefix(ids, kwargs)
+            if kwargs.get("inputs_embeds") is not None:
+                # It would take both for the same tokens. Given embeddings alone, it returns what is new.
+                made = self.module.generate(**{key: value for key, value in kwargs.items() if key != "input_ids"})
+                return _with_sequences(made, lambda new: ops.concat((_repeated(ids, new), new), 1))
         return self.module.generate(*args, **kwargs)
+
+    def _generate_after_prefix(self, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        n = kwargs[_STATES][0][0].shape[2]
+        # It takes the first n tokens for those whose keys and values are there already: let them be any.
+        front = ops.zeros((ids.shape[0], n), ids.dtype)
+        mask = kwargs.get("attention_mask")
+        mask = ops.ones_like(ids) if mask is None else mask
+        given = {
+            _STATES: _as_cache(kwargs[_STATES], self.module),
+            "input_ids": ops.concat((front, ids), 1),
+            "attention_mask": ops.concat((ops.ones((ids.shape[0], n), mask.dtype), mask), 1),
+        }
+        if kwargs.get("max_length") is not None:
+            given["max_length"] = kwargs["max_length"] + n
+        return _with_sequences(self.module.generate(**kwargs | given), lambda tokens: tokens[:, n:])
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         table = self.module.resize_token_embeddings(*args, **kwargs)
@@ -90,6 +110,10 @@ class ModuleCell(nn.Cell):
         cells = (cell for _, cell in self.cells_and_names())
         wanted = getattr(module, "cell", None)
         return next((c for c in cells if c is wanted or (isinstance(c, ModuleCell) and c.module is module)), None)
+
+    def __getitem__(self, key: Any) -> nn.Cell:
+        """A child, by its place or by its name: of lists of blocks."""
+        return self._cells[key] if isinstance(key, str) else list(self._cells.values())[key]
 
     def add_flags(self, **flags: Any) -> None:
         # What `set_train` calls of every Cell.
@@ -135,8 +159,8 @@ class Trainable(PreTrainedModel):
         Raises:
             NotImplementedError: another dtype or device is asked for.
         """
-        here = self.parameters().__next__().device.type
-        asked = [str(value) for value in (*args, *kwargs.values()) if not isinstance(value, bool)]
+        here = next(self.parameters()).device.type
+        asked = [str(getattr(value, "type", value)) for value in (*args, *kwargs.values()) if type(value) is not bool]
         if any(value.partition(":")[0] != here for value in asked):
             raise NotImplementedError(f"to({', '.join(asked)}): move or cast the base model before get_peft_model.")
         return self
@@ -283,6 +307,19 @@ def _as_cache(states: tuple[tuple[Tensor, Tensor], ...], module: Any) -> Any:
     if module.config.is_encoder_decoder:
         return caches.EncoderDecoderCache(cache, caches.DynamicCache())
     return cache
+
+
+def _with_sequences(made: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What `generate` made, its sequences of tokens changed."""
+    if isinstance(made, Tensor):
+        return change(made)
+    made.sequences = change(made.sequences)
+    return made
+
+
+def _repeated(ids: Tensor, new: Tensor) -> Tensor:
+    """The prompt of each sequence: several may continue one."""
+    return ops.cast(ops.repeat_interleave(ids, new.shape[0] // ids.shape[0], 0), new.dtype)
 
 
 def _names(thing: Any) -> list[str]:

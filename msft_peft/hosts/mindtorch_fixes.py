@@ -3,10 +3,12 @@
 Only for the release that these were found in, and only on CPU. Each is a few lines, and says what happens without it.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import mindspore as ms
@@ -66,3 +68,35 @@ def _complete(cpu: Any) -> None:
         cpu.addcdiv = addcdiv
     cpu.baddbmm = baddbmm  # alpha and beta were swapped: Bloom computed other numbers
     cpu.linalg_vector_norm = linalg_vector_norm  # no norm over all axes: the Trainer's clipping of gradients failed
+
+
+_NAMES = {
+    ms.float16: "Float16",
+    ms.float32: "Float32",
+    ms.float64: "Float64",
+    ms.bfloat16: "BFloat16",
+    ms.int8: "Int8",
+    ms.uint8: "UInt8",
+    ms.int16: "Int16",
+    ms.int32: "Int32",
+    ms.int64: "Int64",
+    ms.bool_: "Bool",
+}
+
+
+@contextlib.contextmanager
+def plain_dtypes() -> Iterator[None]:
+    """Inside the block dtypes have MindSpore's names.
+
+    mindtorch gives them others, and MindSpore writes those into its checkpoints, which nothing reads again.
+    """
+    kind: Any = next((base for base in type(ms.float32).__mro__ if "__str__" in vars(base)), object)
+    theirs = kind.__str__
+    if str(ms.float32) == _NAMES[ms.float32]:
+        yield
+        return
+    kind.__str__ = lambda dtype: _NAMES.get(dtype) or theirs(dtype)
+    try:
+        yield
+    finally:
+        kind.__str__ = theirs

@@ -26,7 +26,7 @@ from msft_peft.core.keys import BASE, PREFIX, in_file
 from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
-from msft_peft.hosts import hf_names, input_table, output_head
+from msft_peft.hosts import hf_names, input_table, output_head, plain_dtypes
 from msft_peft.registry import method_of
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -86,7 +86,7 @@ def save_tensors(
         for key, named in ordered
         if first[id(named.parameter)] == key
     ]
-    with replacing(directory / CKPT_NAME) as path:
+    with replacing(directory / CKPT_NAME) as path, plain_dtypes():
         ms.save_checkpoint(parameters, str(path), append_dict={ADAPTER_ENTRY: name})
 
 

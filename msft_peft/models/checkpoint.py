@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+
+# Not from the package itself, where mindnlp puts a reader of its own: it gives Tensors, and float16 for bfloat16.
+from safetensors._safetensors_rust import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
