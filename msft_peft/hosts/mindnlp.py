@@ -14,7 +14,6 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
-from msft_peft.hosts import mindtorch_fixes
 from msft_peft.hosts.host import Host
 from msft_peft.hosts.site import LINEAR, Site
 
@@ -177,7 +176,6 @@ def as_cell(model: Any) -> nn.Cell:
         return model
     cell = model.__dict__.get("peft_mirror")
     if cell is None or not getattr(cell, "peft_config", None):
-        mindtorch_fixes.apply()
         cell = ModuleCell(model)
         object.__setattr__(model, "peft_mirror", cell)
     return cell

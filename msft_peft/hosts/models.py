@@ -1,12 +1,13 @@
 """What is asked of a model or a layer, whichever library it is from."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mindspore import nn
 
-from msft_peft.hosts import cells, mindformers, mindnlp
+from msft_peft.hosts import cells, mindformers, mindnlp, mindtorch_fixes
 from msft_peft.hosts.host import Host
 from msft_peft.hosts.site import Site
 
@@ -61,6 +62,8 @@ def output_head(model: nn.Cell) -> nn.Cell | None:
 
 def as_cell(model: Any) -> Any:
     """The Cell to put adapters into: the model itself, or what stands for one that is no Cell."""
+    if "mindtorch" in sys.modules:  # it changes Tensors for the whole process, plain Cells' too
+        mindtorch_fixes.apply()
     return host_of(model).as_cell(model)
 
 

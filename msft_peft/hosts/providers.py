@@ -33,7 +33,8 @@ class Provider:
         """The model that the class of that name makes.
 
         Raises:
-            NoBaseModelError: the library is not installed, has no such class, or its models are no Cells.
+            NoBaseModelError: the library is not installed, has no such class, cannot load it, or gives no model for
+                MindSpore.
         """
         if importlib.util.find_spec(self.name) is None:
             raise NoBaseModelError(f"not installed; pip install {self.name}")
@@ -43,7 +44,11 @@ class Provider:
             kind = getattr(importlib.import_module(self.module), class_name, None)
         if kind is None:
             raise NoBaseModelError(f"{self.module} has no {class_name}")
-        model = as_cell(kind.from_pretrained(name_or_path, **options))
+        try:
+            model = as_cell(kind.from_pretrained(name_or_path, **options))
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
+            text = str(error).strip().partition("\n")[0]
+            raise NoBaseModelError(f"{self.module}.{class_name} cannot load it: {text}") from error
         if not isinstance(model, nn.Cell):
             raise NoBaseModelError(f"{self.module}.{class_name} gives a {type(model).__name__}, no mindspore.nn.Cell")
         return model

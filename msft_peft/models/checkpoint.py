@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 # Not from the package itself, where mindnlp puts a reader of its own: it gives Tensors, and float16 for bfloat16.
-from safetensors._safetensors_rust import safe_open
+from safetensors._safetensors_rust import safe_open  # type: ignore[import-not-found]
 from safetensors.numpy import save_file
 from tqdm import tqdm
 

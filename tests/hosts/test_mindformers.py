@@ -16,6 +16,7 @@ from mindformers.pet import get_pet_model
 from mindspore import Tensor, nn, ops
 
 from msft_peft import (
+    AutoPeftModelForCausalLM,
     IA3Config,
     LoraConfig,
     PeftModel,
@@ -24,7 +25,7 @@ from msft_peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from msft_peft.errors import ConfigError, LoadError
+from msft_peft.errors import ConfigError, LoadError, NoBaseModelError
 from msft_peft.hosts import describe
 from tests.hosts.llama import GOLDEN, LINEAR, SIZES, batch, config_of, drawn, golden
 from tests.tolerances import array, assert_same, differ
@@ -359,3 +360,21 @@ def test_feedforward_layers_by_either_name():
     assert model.peft_config["default"].feedforward_modules == ["down_proj"]
     layer = model.get_base_model().model.layers[0].feed_forward.w2
     assert array(layer.ia3_l["default"]).shape == (1, SIZES["intermediate_size"])  # the inputs, as of a feedforward
+
+
+# --- the way in -----------------------------------------------------------------------------------------------------
+
+
+def test_the_auto_class(tmp_path: Path):
+    """MindFormers' own Auto class reads its own folders, not HF's; what it says of those is passed on."""
+    llama().save_pretrained(str(tmp_path / "base"))
+    model = PeftModel.from_pretrained(llama(), GOLDEN / "lora")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", provider="mindformers")
+    assert isinstance(loaded.get_base_model(), LlamaForCausalLM)
+    for name, value in get_peft_model_state_dict(loaded).items():
+        assert_same(value, get_peft_model_state_dict(model)[name], "exact")
+    (tmp_path / "base" / "mindspore_model.ckpt").unlink()
+    with pytest.raises(NoBaseModelError, match=r"mindformers\.AutoModelForCausalLM cannot load it"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", provider="mindformers")
