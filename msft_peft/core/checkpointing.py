@@ -1,7 +1,7 @@
 """Gradient checkpointing: blocks whose activations are recomputed in the backward pass."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -12,21 +12,21 @@ from msft_peft.backend.recompute import is_recomputed, set_recompute
 from msft_peft.backend.tree import get_child
 from msft_peft.core.prompt import PREFIX_STATES, prompts_of
 from msft_peft.errors import ConfigError, PeftWarning
-from msft_peft.hosts import blocks_path, cell_lists
+from msft_peft.hosts import all_blocks, cell_lists
 
 # Their kernels draw from seeds that cannot be set.
 _UNREPEATABLE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def set_checkpointing(
-    model: nn.Cell, enabled: bool, blocks: str | None = None, kwargs: Mapping[str, Any] | None = None
+    model: nn.Cell, enabled: bool, blocks: str | Sequence[str] | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> None:
     """Recompute a model's blocks in the backward pass, or keep their activations again.
 
     Args:
         model: the base model, with or without adapters.
         enabled: which of the two.
-        blocks: path of the CellList of blocks; looked for if None.
+        blocks: path of the CellList of blocks, or those of several; looked for if None.
         kwargs: HF's `gradient_checkpointing_kwargs`: at most `use_reentrant`, whose two values give the same numbers.
 
     Raises:
@@ -39,15 +39,17 @@ def set_checkpointing(
     unknown = sorted({*(kwargs or {})} - {"use_reentrant"})
     if unknown:
         raise ConfigError(f"gradient_checkpointing_kwargs: {unknown} mean nothing here; only use_reentrant is known.")
-    path = blocks_path(model) if blocks is None else blocks
+    paths = all_blocks(model) if blocks is None else [blocks] if isinstance(blocks, str) else list(blocks)
     lists = cell_lists(model)
-    if path not in lists:
-        where = "none of the usual places" if path is None else repr(path)
+    lost = [path for path in paths if path not in lists]
+    if lost or not paths:
+        where = ", ".join(map(repr, lost)) or "none of the usual places"
         raise ConfigError(
             f"Cannot find the blocks of {type(model).__name__}: no CellList at {where}. Name the list of its blocks "
             f"with blocks=...; it has {lists or 'no CellList at all, so call recompute() on its Cells yourself'}."
         )
-    cells = [cell for block in get_child(model, path) for _, cell in block.cells_and_names()]
+    found = [block for path in paths for block in get_child(model, path)]
+    cells = [cell for block in found for _, cell in block.cells_and_names()]
     random = sorted({type(cell).__name__ for cell in cells if isinstance(cell, _UNREPEATABLE)})
     if enabled and random:
         raise ConfigError(f"{random} in the blocks would drop other channels when they are computed again.")
@@ -58,7 +60,7 @@ def set_checkpointing(
             PeftWarning,
             stacklevel=3,
         )
-    for block in get_child(model, path):
+    for block in found:
         set_recompute(block, enabled)
     drop_compiled()
 

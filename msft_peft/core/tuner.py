@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mindspore import Tensor, nn
@@ -144,7 +144,7 @@ class Tuner(nn.Cell):
     # --- memory ----------------------------------------------------------------------------------------------
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, blocks: str | None = None
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, blocks: str | Sequence[str] | None = None
     ) -> None:
         """Compute the blocks' activations again in the backward pass instead of keeping them: less memory, more time.
 
@@ -152,7 +152,7 @@ class Tuner(nn.Cell):
         """
         set_checkpointing(self.model, True, blocks, gradient_checkpointing_kwargs)
 
-    def gradient_checkpointing_disable(self, blocks: str | None = None) -> None:
+    def gradient_checkpointing_disable(self, blocks: str | Sequence[str] | None = None) -> None:
         """Keep the blocks' activations again."""
         set_checkpointing(self.model, False, blocks)
 

@@ -1,6 +1,6 @@
 """What differs between model libraries: one file for each, behind `Host`. Plain Cells need nothing."""
 
-from msft_peft.hosts.blocks import PLACES, blocks_path, cell_lists
+from msft_peft.hosts.blocks import PLACES, all_blocks, blocks_path, cell_lists
 from msft_peft.hosts.cells import parameter_site
 from msft_peft.hosts.mindtorch_fixes import plain_dtypes
 from msft_peft.hosts.models import (
@@ -22,6 +22,7 @@ from msft_peft.hosts.tokenizers import encode, tokenizer_name
 __all__ = [
     "PLACES",
     "Site",
+    "all_blocks",
     "as_cell",
     "blocks_path",
     "cell_lists",

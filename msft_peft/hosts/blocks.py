@@ -23,6 +23,22 @@ def blocks_path(model: nn.Cell) -> str | None:
     return next((place for place in PLACES if isinstance(_at(model, place), nn.CellList)), None)
 
 
+# In an encoder-decoder: below its body, the ends of the paths of both.
+_BODIES = ("", "transformer.", "model.")
+_STACKS = (("encoder.block", "decoder.block"), ("encoder.layers", "decoder.layers"))
+
+
+def all_blocks(model: nn.Cell) -> list[str]:
+    """The paths of the CellLists of `model`'s blocks: two, the encoder's and the decoder's, where it has both."""
+    for body in _BODIES:
+        for stack in _STACKS:
+            found = [body + end for end in stack if isinstance(_at(model, body + end), nn.CellList)]
+            if found:
+                return found
+    one = blocks_path(model)
+    return [] if one is None else [one]
+
+
 def cell_lists(model: nn.Cell) -> list[str]:
     """The paths of all CellLists in `model`."""
     return [path for path, cell in model.cells_and_names() if isinstance(cell, nn.CellList)]

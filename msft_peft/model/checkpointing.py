@@ -1,6 +1,6 @@
 """What a model is prepared with before it is trained in little memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindspore import nn
@@ -14,7 +14,7 @@ from msft_peft.model.precision import halves_to_float32
 
 
 def prepare_model_for_gradient_checkpointing(
-    model: nn.Cell, enabled: bool = True, blocks: str | None = None
+    model: nn.Cell, enabled: bool = True, blocks: str | Sequence[str] | None = None
 ) -> nn.Cell:
     """Compute the activations of the model's blocks again in the backward pass instead of keeping them.
 
@@ -27,8 +27,8 @@ def prepare_model_for_gradient_checkpointing(
     Args:
         model: any Cell.
         enabled: False keeps the activations again.
-        blocks: path of the CellList of the blocks; by default it is looked for where Llama, BERT, GPT-2 and their like
-            have it.
+        blocks: path of the CellList of the blocks, or those of several; by default they are looked for where Llama,
+            BERT, GPT-2, T5 and their like have them.
 
     Returns:
         The model.

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from mindspore import Tensor, nn, ops
@@ -307,11 +307,11 @@ class PromptSwitches:
         drop_compiled()
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, blocks: str | None = None
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, blocks: str | Sequence[str] | None = None
     ) -> None:
         set_checkpointing(self.model, True, blocks, gradient_checkpointing_kwargs)
 
-    def gradient_checkpointing_disable(self, blocks: str | None = None) -> None:
+    def gradient_checkpointing_disable(self, blocks: str | Sequence[str] | None = None) -> None:
         set_checkpointing(self.model, False, blocks)
 
     @property

@@ -269,6 +269,40 @@ def test_the_blocks_of_every_model_are_found(name):
         assert sum(is_recomputed(cell) for _, cell in model.cells_and_names()) == config.num_hidden_layers
 
 
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_both_stacks_of_an_encoder_decoder_are_found_and_learn_the_same(name):
+    ms.set_seed(0)
+    base = tiny.seq2seq(name, dropout_rate=0.0)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"])).set_train()
+    shake(model.trainable_params())
+    ids = Tensor(np.arange(8).reshape(2, 4) + 3, ms.int32)
+
+    def loss(ids):
+        return model(input_ids=ids, labels=ids)["loss"]
+
+    step = ms.value_and_grad(loss, None, model.trainable_params())
+    expected = step(ids)
+    model.gradient_checkpointing_enable()
+    blocks = base.config.num_layers + base.config.num_decoder_layers
+    assert sum(is_recomputed(cell) for _, cell in model.cells_and_names()) == blocks
+    actual = step(ids)
+    assert_same(actual[0], expected[0], "gradient")
+    for one, other in zip(actual[1], expected[1], strict=True):
+        assert np.abs(array(other)).max() > 0
+        assert_same(one, other, "gradient")
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
+def test_lists_of_blocks_can_be_named():
+    model = tiny.seq2seq()
+    prepare_model_for_gradient_checkpointing(model, blocks=["decoder.block"])
+    assert not is_recomputed(model.encoder.block[0])
+    assert is_recomputed(model.decoder.block[0])
+    with pytest.raises(ConfigError, match=r"no CellList at 'encoder.blocks'"):
+        prepare_model_for_gradient_checkpointing(model, blocks=["encoder.blocks", "decoder.block"])
+
+
 def test_what_cannot_be_done_is_refused():
     model = nets.Containers()
     with pytest.raises(ConfigError, match=r"no CellList at none of.*blocks=.*\['stack'\]"):
