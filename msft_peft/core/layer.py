@@ -103,8 +103,18 @@ class Wrapper(nn.Cell):
 
 def fixed_in(cell: nn.Cell) -> list[Parameter]:
     """The parameters that an adapter has there and never trains."""
-    holders = [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
-    return [getattr(holder, attribute) for holder in holders for attribute in getattr(holder, "fixed", ())]
+    return [getattr(holder, attribute) for holder in _holders(cell) for attribute in getattr(holder, "fixed", ())]
+
+
+def buffers_in(cell: nn.Cell) -> list[Parameter]:
+    """Those of them that HF does not count as parameters."""
+    counted = {id(getattr(holder, a)) for holder in _holders(cell) for a in getattr(holder, "counted", ())}
+    return [p for p in fixed_in(cell) if id(p) not in counted]
+
+
+def _holders(cell: nn.Cell) -> list[nn.Cell]:
+    """An adapter's part there, and what that shares with its others."""
+    return [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
 
 
 class TunerLayer(Wrapper):

@@ -23,7 +23,8 @@ class Weights(nn.Cell):
     Attributes:
         dtype: theirs.
         keys: attribute of each weight -> its key, below the path of the layer that it belongs to.
-        fixed: attributes of weights that are never trained: buffers in HF, which does not count them as parameters.
+        fixed: attributes of weights that are never trained.
+        counted: those of them that HF counts as parameters; the others are buffers there.
         unsaved: attributes of weights that files do not hold, since they are made anew from the config.
     """
 
@@ -32,6 +33,7 @@ class Weights(nn.Cell):
         self.undrawn = low_cpu_mem_usage
         self.keys: dict[str, str] = {}
         self.fixed: set[str] = set()
+        self.counted: set[str] = set()
         self.unsaved: set[str] = set()
         # Half-precision adapters lose small updates, so they are kept in float32 unless told otherwise.
         halves = HALF_DTYPES if autocast else ()

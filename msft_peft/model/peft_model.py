@@ -20,7 +20,7 @@ from msft_peft.backend.hub import Target
 from msft_peft.backend.tree import Named, inherit_mode
 from msft_peft.config import PeftConfig, TaskType
 from msft_peft.core import inject, switch
-from msft_peft.core.layer import fixed_in, wrappers
+from msft_peft.core.layer import buffers_in, wrappers
 from msft_peft.core.mixed_batch import divided
 from msft_peft.core.routing import invocations
 from msft_peft.core.tuner import Tuner
@@ -291,9 +291,9 @@ class PeftModel(Prompted):
         self._switches.set_requires_grad(adapter_names, requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, counted in numbers; without what adapters keep and never train, as in HF."""
+        """(trainable, all) parameters, counted in numbers; without buffers, as in HF."""
         kept = {
-            id(p) for _, w in wrappers(self.get_base_model()) for held in w.held().values() for p in fixed_in(held)
+            id(p) for _, w in wrappers(self.get_base_model()) for held in w.held().values() for p in buffers_in(held)
         }
         sizes = [(math.prod(p.shape), p.requires_grad) for p in self.get_parameters() if id(p) not in kept]
         trained, total = sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)

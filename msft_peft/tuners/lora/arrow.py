@@ -51,6 +51,7 @@ class ArrowPatch(LoraPatch):
     def setup(self, site: Site, config: LoraConfig) -> None:
         super().setup(site, config)
         self.fixed |= {"lora_A", "lora_B"}
+        self.counted |= self.fixed
         self.arrow = config.arrow_config
         self.temperature = 1.0 / config.arrow_config.router_temperature
         self.meet({})

@@ -54,6 +54,7 @@ class LoraPatch(Patch):
         self.lora_A = self.weight("lora_A.weight", shape_a, start.a if start else self.init_of_a(config))
         frozen = config.init == "mica"
         self.lora_B = self.weight("lora_B.weight", shape_b, start.b if start else init_b, fixed=frozen)
+        self.counted |= self.fixed
         if start and start.residual:
             self.residual, self.title = True, TITLES[str(config.init).partition("_niter")[0]]
             if start.kept is not None:
@@ -234,6 +235,7 @@ class LoraEmbeddingPatch(LoraPatch):
         init_b, frozen = start.b if start else Normal(1.0), config.init == "mica"
         self.lora_embedding_A = self.weight("lora_embedding_A", (self.r, vocabulary), init_a)
         self.lora_embedding_B = self.weight("lora_embedding_B", (dim, self.r), init_b, fixed=frozen)
+        self.counted |= self.fixed
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return ops.add(y, self.update(x))
