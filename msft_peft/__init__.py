@@ -134,6 +134,7 @@ from msft_peft.tuners.hra import (
 )
 from msft_peft.tuners.ia3 import (
     IA3Config,
+    IA3Model,
 )
 from msft_peft.tuners.ln_tuning import (
     LNTuningConfig,
@@ -249,6 +250,7 @@ __all__ = [
     "HiraConfig",
     "HubError",
     "IA3Config",
+    "IA3Model",
     "KasaConfig",
     "LNTuningConfig",
     "LoHaConfig",

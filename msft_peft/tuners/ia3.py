@@ -1,19 +1,25 @@
 """(IA)³: one learned factor for each output channel, or in feed-forward layers for each input channel."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from mindspore import Tensor, ops
 from mindspore.common.initializer import Normal
 
+from msft_peft.backend.arrays import as_float32, to_numpy, write
 from msft_peft.config import TargetedConfig, check_regex
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import is_named
+from msft_peft.core.tuner import Tuner
+from msft_peft.core.weighted import parts_of, put_beside, union_of, whole_modules
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import IA3, IA3_FEEDFORWARD
+from msft_peft.tuners.lora.exact import prepare_exactly
 
 
 @dataclass
@@ -90,6 +96,56 @@ class IA3Patch(Patch):
         return ops.reshape(ops.mul(ops.reshape(w, (groups, out // groups, inputs, *kernel)), factor), w.shape), b
 
 
+class IA3Model(Tuner):
+    """The base model with (IA)³ adapters in it; what `PeftModel.base_model` is for (IA)³."""
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add an adapter whose factors are l = Σ wᵢ·lᵢ; inactive and frozen, the others untouched.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one number for each; may be negative. They should add up to one.
+            adapter_name: the new adapter's name.
+
+        Raises:
+            AdapterNameError: the new name is taken or cannot be one, or an adapter is not there.
+            ConfigError: a list and a regex among the targets, two adapters that train the same layer whole, or that
+                scale one at its input and the other at its output.
+
+        In each case nothing has changed.
+
+        Differs: HF does nothing when the name is taken, and takes factors of zero for a layer that an adapter does not
+            adapt; here they are ones, as they act. It fails half-way where one adapter scales inputs and the other
+            outputs.
+        """
+        parts = parts_of(self.model, adapters, weights, adapter_name)
+        modules = whole_modules(parts)
+        shapes: dict[str, dict[tuple[int, ...], str]] = {}
+        for part in parts:
+            for path, patch in part.patches.items():
+                shapes.setdefault(path, {})[tuple(patch.ia3_l.shape)] = part.name
+        mixed = {path: sorted(names.values()) for path, names in shapes.items() if len(names) > 1}
+        if mixed:
+            raise ConfigError(f"Adapters that scale inputs and outputs of one layer cannot be combined: {mixed}.")
+        heads = dict.fromkeys(head for part in parts for head in part.config.modules_to_save or [])  # type: ignore[attr-defined]
+        first = parts[0].config
+        assert isinstance(first, IA3Config)
+        config = replace(
+            copy.deepcopy(first),
+            target_modules=union_of(parts, "target_modules"),
+            feedforward_modules=union_of(parts, "feedforward_modules"),
+            modules_to_save=list(heads) or None,
+        )
+        made = prepare_exactly(self.model, config, adapter_name, set(shapes))
+        for path, patch in made.patches.items():
+            total = np.zeros(patch.ia3_l.shape, np.float32)
+            for part, weight in zip(parts, weights, strict=True):
+                held = part.patches.get(path)
+                total += np.float32(weight) * (1.0 if held is None else as_float32(to_numpy(held.ia3_l)))
+            write(patch.ia3_l, total)
+        put_beside(self, made, modules)
+
+
 def _settle(config: IA3Config, model: Mapping[str, Any]) -> None:
     if config.feedforward_modules is None:
         if model.get("model_type") not in IA3_FEEDFORWARD:
@@ -105,4 +161,5 @@ METHOD = Method(
     default_targets=IA3,
     settle=_settle,
     mixed=True,
+    tuner=IA3Model,
 )

@@ -1,4 +1,4 @@
-"""A LoRA adapter for given layers, whatever its config's targets would mean."""
+"""An adapter for given layers, whatever its config's targets would mean."""
 
 import re
 import warnings
@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from mindspore import nn
 
+from msft_peft.config import TargetedConfig
 from msft_peft.core import inject
-from msft_peft.tuners.lora.config import LoraConfig
 
 
-def prepare_exactly(model: nn.Cell, config: LoraConfig, name: str, paths: Set[str]) -> inject.Adapter:
+def prepare_exactly(model: nn.Cell, config: TargetedConfig, name: str, paths: Set[str]) -> inject.Adapter:
     """What `core.inject.prepare` makes of the config, but on exactly the layers at `paths`.
 
     If its targets mean other layers, they are replaced by a regex that spells the paths out. There are no warnings:

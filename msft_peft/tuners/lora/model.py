@@ -1,21 +1,19 @@
 """LoraModel: what a LoRA model can do beyond every other Tuner."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
 from msft_peft.backend.arrays import as_float32, to_numpy, write
-from msft_peft.backend.tree import names_prefix
 from msft_peft.core import inject, switch
-from msft_peft.core.layer import copy_of
 from msft_peft.core.patch import Patch
 from msft_peft.core.tuner import Tuner
-from msft_peft.errors import AdapterNameError, ConfigError
+from msft_peft.core.weighted import parts_of, put_beside, union_of, whole_modules
+from msft_peft.errors import ConfigError
 from msft_peft.io.adapter import PREFIX
 from msft_peft.io.state import get_peft_model_state_dict
 from msft_peft.tuners.lora.combine import (
@@ -94,18 +92,15 @@ class LoraModel(Tuner):
         above the weight's; mixes up the groups of grouped convolutions; leaves untrained copies in the place of
         trained heads.
         """
-        if adapter_name in self.peft_config:
-            raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
-        parts = [inject.adapter_in(self.model, name) for name in self._named(adapters)]
+        parts = parts_of(self.model, adapters, weights, adapter_name)
         _check_places(parts)
-        _check_weights(adapters, weights)
         _check_settings(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         if len(parts) == 1 and svd_rank is None and svd_clamp is None:
             combination_type = "linear"
         settings: dict[str, Any] = {"density": density} if needs_density(combination_type) else {}
         if "ties" in combination_type:
             settings["majority_sign_method"] = majority_sign_method
-        modules = _modules(parts)
+        modules = whole_modules(parts)
         rank = _rank(parts, combination_type, svd_rank)
         sources = _sources(parts, weights, combination_type)
         made = self._prepare_like(parts, adapter_name, rank, set(sources))
@@ -116,10 +111,7 @@ class LoraModel(Tuner):
             )
             for attribute, value in zip(_factors_of(patch), factors, strict=True):
                 write(getattr(patch, attribute), value)
-        made = replace(made, modules={path: copy_of(module) for path, module in modules.items()})
-        prefix = names_prefix(self)
-        inject.attach(self.model, made)
-        inject.settle(self, prefix)
+        put_beside(self, made, modules)
 
     def subtract_mutated_init(
         self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Mapping[str, Any] | None = None
@@ -171,14 +163,6 @@ class LoraModel(Tuner):
         held = [layer.held()[name] for layer in switch.layers_of(self.model) for name in names if name in layer.held()]
         return [patch for patch in held if isinstance(patch, kind)]
 
-    def _named(self, adapters: list[str]) -> list[str]:
-        if isinstance(adapters, str) or not adapters:
-            raise AdapterNameError(f"`adapters` must be a list of the adapters to combine, got {adapters!r}")
-        for name in adapters:
-            if name not in self.peft_config:
-                raise AdapterNameError(f"Adapter {name} does not exist. There are {sorted(self.peft_config)}.")
-        return adapters
-
     def _prepare_like(self, parts: list[inject.Adapter], name: str, rank: int, paths: set[str]) -> inject.Adapter:
         """A fresh adapter of this rank on exactly these layers, with the first part's config for the rest."""
         heads = dict.fromkeys(head for part in parts for head in part.config.modules_to_save or [])  # type: ignore[attr-defined]
@@ -188,7 +172,7 @@ class LoraModel(Tuner):
             copy.deepcopy(first),
             r=rank,
             lora_alpha=rank,
-            target_modules=_targets(parts),
+            target_modules=union_of(parts, "target_modules"),
             rank_pattern={},
             alpha_pattern={},
             use_rslora=False,
@@ -229,13 +213,6 @@ def _check_places(parts: Sequence[inject.Adapter]) -> None:
             )
 
 
-def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
-    if len(weights) != len(adapters):
-        raise ConfigError(f"There must be a weight for each adapter: got {len(weights)} for {len(adapters)}")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"The weights must be finite numbers, got {list(weights)}")
-
-
 def _check_settings(
     combination_type: str,
     rank: int | None,
@@ -263,25 +240,6 @@ def _check_settings(
         raise NotImplementedError(
             f"svd_driver={driver!r} chooses a solver of torch's CUDA; LAPACK computes the SVD here: leave it at None"
         )
-
-
-def _modules(parts: Sequence[inject.Adapter]) -> dict[str, nn.Cell]:
-    """The layers that one of the parts trains whole.
-
-    Raises:
-        ConfigError: two of them train the same one.
-    """
-    by_path: dict[str, dict[str, nn.Cell]] = {}
-    for part in parts:
-        for path, module in part.modules.items():
-            by_path.setdefault(path, {})[part.name] = module
-    clashes = sorted(path for path, held in by_path.items() if len(held) > 1)
-    if clashes:
-        raise ConfigError(
-            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(clashes)} such instance(s): {', '.join(clashes)}."
-        )
-    return {path: module for path, held in by_path.items() for module in held.values()}
 
 
 def _rank(parts: Sequence[inject.Adapter], combination_type: str, svd_rank: int | None) -> int:
@@ -340,20 +298,3 @@ def _sources(
 
 def _values(p: Any) -> np.ndarray:
     return as_float32(to_numpy(p))
-
-
-def _targets(parts: Sequence[inject.Adapter]) -> list[str] | str:
-    """The union of the parts' targets.
-
-    Raises:
-        ConfigError: some are lists and some are regexes.
-    """
-    targets = [part.config.target_modules for part in parts]  # type: ignore[attr-defined]
-    if all(isinstance(target, str) for target in targets):
-        return "|".join(f"({target})" for target in targets)
-    if any(isinstance(target, str) for target in targets):
-        raise ConfigError(
-            "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` "
-            "type being a mix of list/set and string is not supported."
-        )
-    return sorted({name for target in targets for name in target})
