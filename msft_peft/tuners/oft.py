@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
-from msft_peft.config import TargetedConfig, check_bias, check_positive, check_probability
+from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability
 from msft_peft.core.patch import Patch
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import Site
@@ -28,7 +28,9 @@ class OFTConfig(TargetedConfig):
         fan_in_fan_out: the target layers store (in, out), as GPT-2's `Conv1D`; corrected with a warning if wrong.
         bias: "none", "all" or "oft_only": which biases of the base model are trained.
         init_weights: begin as the identity; False draws N(0, 0.01).
-        coft, eps: HF's constrained variant, which is not built yet.
+        coft: keep the rotations near the identity: a block's Q that is longer than eps / √blocks (a Frobenius norm,
+            over all blocks that are held) is shortened to that.
+        eps: how far they may go, with `coft`.
         block_share: one rotation for all blocks.
         use_cayley_neumann: approximate the Cayley transform by a series, without an inverse.
         num_cayley_neumann_terms: length of the series.
@@ -39,7 +41,8 @@ class OFTConfig(TargetedConfig):
 
     Source: Qiu et al. 2023, arXiv:2306.07280; the series and the rotation of inputs: OFTv2, arXiv:2506.19847.
     Differs: in HF `module_dropout` has no effect, and a convolution with a kernel larger than one is not the identity
-        at first, nor what it is merged to; both work here. Two active adapters act as they are merged.
+        at first, nor what it is merged to; both work here. Two active adapters act as they are merged. With `coft` HF
+        also writes the shortened angles into the weights, at each forward pass; here they stay as they were trained.
     """
 
     peft_type: str | None = "OFT"
@@ -71,10 +74,9 @@ class OFTConfig(TargetedConfig):
         check_positive("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         check_probability("module_dropout", self.module_dropout)
         check_bias(self.bias, "oft")
-
-    def require_built(self) -> None:
-        if self.coft:
-            raise NotImplementedError("coft=True (OFT with a bound on the rotation) is not built yet.")
+        check_finite("eps", self.eps)
+        if self.coft and self.eps <= 0:
+            raise ConfigError(f"coft=True keeps rotations within `eps`, which must be above 0, got {self.eps}")
 
 
 class OFTPatch(Patch):
@@ -109,6 +111,7 @@ class OFTPatch(Patch):
         )
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         self.drop = nn.Dropout(p=config.module_dropout) if config.module_dropout else None
+        self.bound = config.eps / math.sqrt(held) if config.coft else 0.0
 
     @staticmethod
     def size(site: Site) -> int:
@@ -117,7 +120,8 @@ class OFTPatch(Patch):
 
     def rotations(self) -> Tensor:
         """(blocks, b, b), or (1, b, b) with `block_share`."""
-        entries = ops.concat((self.angles, ops.cast(self.nothing, self.angles.dtype)), 1)
+        angles = self.bounded() if self.bound else self.angles
+        entries = ops.concat((angles, ops.cast(self.nothing, angles.dtype)), 1)
         above = ops.reshape(ops.gather(entries, self.places, 1), (-1, self.block, self.block))
         q, identity = ops.sub(above, ops.transpose(above, (0, 2, 1))), ops.cast(self.identity, entries.dtype)
         r = self.series(q, identity) if self.terms else ops.matmul(identity - q, ops.inverse(identity + q))
@@ -125,6 +129,13 @@ class OFTPatch(Patch):
             turned = ops.cast(self.drop(ops.ones((r.shape[0], 1, 1), r.dtype)) != 0, r.dtype)
             r = ops.add(identity, ops.mul(turned, ops.sub(r, identity)))
         return r
+
+    def bounded(self) -> Tensor:
+        """The angles, shortened to the bound; the gradient passes by that, as in HF."""
+        # Each stands in Q twice.
+        lengths = ops.sqrt(ops.mul(ops.square(self.angles).sum(1, keepdims=True), 2.0))
+        share = ops.div(self.bound, ops.maximum(lengths, self.bound))
+        return ops.add(self.angles, ops.stop_gradient(ops.mul(self.angles, ops.sub(share, 1.0))))
 
     def series(self, q: Tensor, identity: Tensor) -> Tensor:
         """I + 2Q + 2Q² + ... + Qⁿ, n = terms - 1 but at least 3 if there are more than two terms."""

@@ -163,6 +163,7 @@ METHOD_CASES = {
         other("OFT", "linear_shared", "mlp", "lin1", oft_block_size=4, block_share=True, num_cayley_neumann_terms=3),
         other("OFT", "conv2d", "conv2d_square", "conv1", oft_block_size=2),
         other("OFT", "embedding", "embedding", "emb", oft_block_size=2),
+        other("OFT", "constrained", "mlp", "lin0", "lin1", oft_block_size=2, coft=True, eps=0.3),
         other("HRA", "linear", "mlp", "lin0", "lin1", r=4),
         other("HRA", "linear_gs", "mlp", "lin0", r=3, apply_GS=True, init_weights=False),
         other("HRA", "conv2d", "conv2d_square", "conv0", "conv1", r=2),

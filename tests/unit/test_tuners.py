@@ -50,6 +50,7 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "oft: nothing": ("OFT", {"r": 0, "oft_block_size": 0}, ValueError, "Either `r` or `oft_block_size` must be non-z"),
     "oft: both": ("OFT", {"r": 2}, ValueError, r"You can only specify either r \(2\) or oft_block_size \(32\)"),
     "oft: bias": ("OFT", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only, is not implemented"),
+    "oft: eps": ("OFT", {"coft": True, "eps": 0.0}, ValueError, "`eps`, which must be above 0"),
     "hra: rank": ("HRA", {"r": -2}, ValueError, "`r` should be a positive integer"),
     "tokens: no numbers": ("TrainableTokens", {"token_indices": ["a"]}, ValueError, "must be a list of int, got"),
     "road: variant": ("Road", {"variant": "road_3"}, ValueError, "Invalid variant road_3 specified"),
@@ -71,7 +72,6 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
         ValueError,
         "Target module emb .* is not supported",
     ),
-    "oft: coft": (nets.Dense, "OFT", BOTH | {"coft": True}, NotImplementedError, "coft=True .* is not built yet"),
     "ln tuning: averages": (
         nets.Norms,
         "LNTuning",
@@ -371,6 +371,20 @@ def test_oft_drops_rotations_while_training():
         assert all(k or not differ(one, np.eye(2, dtype=np.float32)) for k, one in zip(kept, r))
         seen.add(sum(kept))
     assert len(seen) > 1
+
+
+def test_constrained_oft_stays_near_the_identity(mode: str):
+    config = OFTConfig(target_modules=["lin0"], oft_block_size=3, coft=True, eps=0.02, use_cayley_neumann=False)
+    model = get_peft_model(nets.Dense(), config)
+    with model.disable_adapter():
+        base = output(model)
+    patch = layers_of(model)[0].adapters["default"]
+    shake([patch.angles])
+    assert np.linalg.norm(array(patch.rotations()) - np.eye(3), axis=(1, 2)).max() <= 2 * 0.02 / np.sqrt(2) + 1e-5
+    adapted = array(model(model.sample()))
+    assert 1e-4 < np.abs(adapted - base).max() < 0.2
+    patch.angles.copy_(Tensor(np.full((2, 3), 1e-4, np.float32)))
+    assert_same(patch.bounded(), np.full((2, 3), 1e-4, np.float32))
 
 
 def test_delora_s_gradient_of_a_zero_vector_is_finite():
