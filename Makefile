@@ -16,6 +16,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_inf
 WHOLE := import sys, pip; sys.exit(sys.prefix == sys.base_prefix)
 PINS := pyproject.toml $(wildcard requirements/*.txt)
 BIN := .venv/bin
+ON_MINDNLP := notebooks/05_mindnlp.ipynb
 comma := ,
 
 # $(call install,VENV,EXTRA,PINS): make VENV if it is not there or broken; install the project into it, editable, with
@@ -54,11 +55,19 @@ endef
 	  --requirement requirements/mindpet.txt
 	@touch $@
 
+# The libraries of models, each with what its models import, in a folder beside that environment; as above.
+.venv-mind%/.done: .venv-2.7.2/.has-test requirements/mind%.txt
+	@rm -rf .venv-mind$*
+	@echo 'Installing mind$* beside .venv-2.7.2 (a minute the first time)'
+	@.venv-2.7.2/bin/python -m pip install -qq --disable-pip-version-check --no-deps --target .venv-mind$* \
+	  --requirement requirements/mind$*.txt
+	@touch $@
+
 .PRECIOUS: .venv/.has-% .venv-2.7.2/.has-%
-.PHONY: help quickstart test parity test-2.7.2 test-mindpet lint fmt types notebooks bench check build clean
+.PHONY: help quickstart test parity test-2.7.2 test-mindpet test-mindnlp test-mindformers lint fmt types notebooks notebook-mindnlp bench bench-hosts check build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/.has-examples ## train a small LoRA adapter, save it, load it again
 	@$(BIN)/python examples/quickstart.py $(ARGS)
@@ -75,6 +84,13 @@ test-2.7.2: .venv-2.7.2/.has-test ## run the tests on MindSpore 2.7.2, on fewer 
 test-mindpet: .venv-mindpet/.done ## compare the delta Cells with MindPet's own package
 	PYTHONPATH=.venv-mindpet .venv-2.7.2/bin/python -m pytest tests/beside_mindpet -n $(WORKERS) $(ARGS)
 
+test-mindnlp: .venv-mindnlp/.done ## run the tests on mindnlp's models
+	PYTHONPATH=.venv-mindnlp .venv-2.7.2/bin/python -m pytest tests/hosts/test_mindnlp.py $(ARGS)
+
+test-mindformers: .venv-mindformers/.done ## run the tests on the models of MindFormers and MindOne
+	PYTHONPATH=.venv-mindformers .venv-2.7.2/bin/python -m pytest tests/hosts/test_mindformers.py \
+	  tests/hosts/test_mindone.py $(ARGS)
+
 lint: .venv/.has-dev ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -87,7 +103,14 @@ types: .venv/.has-dev ## check the types
 	$(BIN)/mypy
 
 notebooks: .venv/.has-notebooks ## execute every notebook (ARGS=--inplace keeps the outputs)
-	GLOG_v=3 MS_DEV_LAUNCH_BLOCKING=1 $(BIN)/jupyter-execute --timeout=900 $(ARGS) notebooks/*.ipynb
+	GLOG_v=3 MS_DEV_LAUNCH_BLOCKING=1 $(BIN)/jupyter-execute --timeout=900 $(ARGS) $(filter-out $(ON_MINDNLP),$(wildcard notebooks/*.ipynb))
+
+notebook-mindnlp: .venv-2.7.2/.has-notebooks .venv-mindnlp/.done ## execute the notebook on mindnlp's models
+	GLOG_v=3 MS_DEV_LAUNCH_BLOCKING=1 PYTHONPATH=$(CURDIR)/.venv-mindnlp .venv-2.7.2/bin/jupyter-execute --timeout=900 $(ARGS) \
+	  $(ON_MINDNLP)
+
+bench-hosts: .venv-parity/.has-test .venv-mindnlp/.done .venv-mindnlp-peft/.done .venv-mindformers/.done ## benchmark on the models of other libraries
+	.venv-parity/bin/python -m benchmarks hosts $(ARGS)
 
 bench: .venv-parity/.has-test ## benchmark side by side with HF peft on torch
 	.venv-parity/bin/python -m benchmarks $(ARGS)
@@ -99,5 +122,5 @@ build: .venv/.has-dev ## make the wheel and the source archive in dist/
 	$(BIN)/python -m build
 
 clean: ## remove the environments and everything else that was made
-	rm -rf .venv .venv-2.7.2 .venv-mindpet .venv-parity build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-2.7.2 .venv-mindformers .venv-mindnlp .venv-mindnlp-peft .venv-mindpet .venv-parity build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ PAGES = ["README.md", "README_CN.md"]
 PAGES += [
     f"docs/{page.name}"
     for page in sorted((ROOT / "docs").glob("*.md"))
-    if "```python" in page.read_text(encoding="utf-8") and page.name not in ("distributed.md",)
+    if "```python" in page.read_text(encoding="utf-8") and page.name not in ("distributed.md", "hosts.md")
 ]
 
 
