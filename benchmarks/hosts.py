@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -240,8 +241,9 @@ def run(name: str) -> dict[str, Any]:
     if name in ("mindnlp", "peft_on_mindnlp"):
         more["MS_DEV_LAUNCH_BLOCKING"] = "1"  # PyNative's asynchronous default is several times slower on CPU
     command = [str(ROOT / environment / "bin" / "python"), "-m", "benchmarks.hosts", name]
-    with_scratch = {**os.environ, **more, "LOG_MF_PATH": os.environ.get("TMPDIR", "/tmp")}
-    done = subprocess.run(command, env=with_scratch, cwd=ROOT, check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as scratch:  # MindFormers writes a log and a config where it runs
+        environ = {**os.environ, **more, "LOG_MF_PATH": scratch}
+        done = subprocess.run(command, env=environ, cwd=scratch, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -1,5 +1,6 @@
 """BOFT: inputs are rotated by a product of sparse rotations, as in a butterfly network, and outputs scaled."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +80,7 @@ class BOFTPatch(Patch):
         self.reweighs = site.kind == "conv2d"
         if site.groups > 1:
             raise NotImplementedError(f"BOFT does not support groups > 1: {site.path} is a convolution of that kind.")
-        self.features, self.factors = site.weight.size // site.out_features, config.boft_n_butterfly_factor
+        self.features, self.factors = math.prod(site.shape) // site.out_features, config.boft_n_butterfly_factor
         self.block, self.blocks = _division(site.path, self.features, config)
         init_r, init_s = ("zeros", "ones") if config.init_weights else (Normal(0.1), Normal(0.1, 1.0))
         shape = (self.factors, self.blocks, self.block, self.block)

@@ -1,5 +1,7 @@
 """AdaLoRA's mathematics: an update in the form of an SVD, whose singular values can be switched off."""
 
+import math
+
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
@@ -32,7 +34,7 @@ class AdaLoraPatch(Patch):
         self.r = config.init_r if pattern is None else sum(pattern)
         # MindSpore has no tensors without numbers: a layer that has lost all ranks holds one that is not kept.
         rows, out = max(self.r, 1), site.out_features
-        width = site.weight.size // out
+        width = math.prod(site.shape) // out
         init = Normal(0.02 if config.init_lora_weights else 1.0)
         self.lora_A = self.weight("lora_A", (rows, width), init)
         self.lora_B = self.weight("lora_B", (out, rows), init)
