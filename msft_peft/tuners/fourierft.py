@@ -1,5 +1,6 @@
 """FourierFT: the weight's update is the inverse Fourier transform of a few trained numbers."""
 
+import math
 from dataclasses import dataclass, field
 
 import mindspore as ms
@@ -66,7 +67,7 @@ class FourierFTPatch(Patch):
     """
 
     def setup(self, site: Site, config: FourierFTConfig) -> None:
-        n, size = match_pattern(config.n_frequency_pattern or {}, site.path, config.n_frequency), site.weight.size
+        n, size = match_pattern(config.n_frequency_pattern or {}, site.path, config.n_frequency), math.prod(site.shape)
         if n > size:
             raise ConfigError(
                 "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "

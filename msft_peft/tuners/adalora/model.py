@@ -9,6 +9,7 @@ from msft_peft.core import inject
 from msft_peft.core.patch import Reference
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
+from msft_peft.hosts import original
 from msft_peft.tuners.adalora.allocation import RankAllocator
 from msft_peft.tuners.adalora.config import AdaLoraConfig
 
@@ -27,6 +28,8 @@ class AdaLoraModel(Tuner):
         super().__init__(model)
         self._allocators: dict[str, RankAllocator] = {}
         self._kept: Reference | None = None
+        # transformers' outputs are dicts of classes of their own; never compiled.
+        self.classed_outputs = original(model) is not model
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.model(*args, **kwargs)
@@ -40,7 +43,11 @@ class AdaLoraModel(Tuner):
                 found[key] = ops.add(outputs[key], penalty)
             else:
                 found[key] = outputs[key]
-        return found
+        return self._classed(outputs, found) if self.classed_outputs else found
+
+    @staticmethod
+    def _classed(outputs: Any, found: dict[str, Any]) -> Any:
+        return type(outputs)(**found)
 
     def penalty(self) -> Tensor | None:
         """What the forward adds to a loss, (); None if no adapter is active and trained."""
