@@ -34,20 +34,21 @@ def apply() -> None:
         )
         return
     mindtorch, cpu = importlib.import_module("mindtorch"), importlib.import_module("mindtorch._apis.cpu")
+    patched: Any = Tensor  # what is private there is mindtorch's
     # Results of MindSpore's own ops have no device, and every operator of a Tensor asks for one.
-    Tensor._device = mindtorch.device("cpu")
-    _keep_gradients_of_moved_tensors()
+    patched._device = mindtorch.device("cpu")
+    _keep_gradients_of_moved_tensors(patched)
     _complete(cpu)
 
 
-def _keep_gradients_of_moved_tensors() -> None:
+def _keep_gradients_of_moved_tensors(patched: Any) -> None:
     # Tensors were moved from CPU to CPU through numpy, which cuts the gradient: that of every difference was zero.
-    move = Tensor._move_to
+    move = patched._move_to
 
     def move_to(self: Tensor, device: Any, non_blocking: bool = False) -> Tensor:
         return self if device.type == self.device.type == "cpu" else move(self, device, non_blocking)
 
-    Tensor._move_to = move_to
+    patched._move_to = move_to
 
 
 def _complete(cpu: Any) -> None:
