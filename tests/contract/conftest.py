@@ -1,14 +1,9 @@
-import os
-
 import pytest
 
-from tests.cases import Case, all_cases, life_cases
-
-# `make test-2.7.2` asks for the cases of life alone: each method, and the main kinds of layers.
-CASES = life_cases() if os.environ.get("FEW_CASES") else all_cases()
+from tests.cases import FEW, Case, all_cases, life_cases
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.note)
+@pytest.fixture(params=life_cases() if FEW else all_cases(), ids=lambda case: case.note)
 def case(request: pytest.FixtureRequest) -> Case:
     """Each case of each method in turn."""
     return request.param

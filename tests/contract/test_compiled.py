@@ -4,7 +4,7 @@ A compiled graph does not notice that a Python attribute changed, so each of the
 taken care of: the numbers are those of before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from mindspore import Tensor
 
 from msft_peft import PeftModel
-from tests.cases import Case, first_cases, in_pynative, output, shake, weights_of
+from tests.cases import KINDS, Case, first_cases, in_pynative, output, shake, weights_of
 from tests.nets import Loss, floats
 from tests.tolerances import array, assert_same, differ
 
@@ -75,6 +75,18 @@ MERGES: dict[str, tuple[Callable[[PeftModel], Any], Callable[[PeftModel], Any]]]
 }
 
 
+def crossed(options: Iterable[str]) -> pytest.MarkDecorator:
+    """Each method with each option and caller; beyond the `KINDS` an option has one caller, the callers in turn."""
+    found = [
+        pytest.param(case, CALLERS[caller], option, id=f"{case.note}-{caller}-{option}")
+        for case in first_cases()
+        for i, option in enumerate(options)
+        for j, caller in enumerate(CALLERS)
+        if case.method.name in KINDS or j == i % len(CALLERS)
+    ]
+    return pytest.mark.parametrize(("first", "caller", "name"), found)
+
+
 @pytest.fixture
 def folder(first: Case, tmp_path: Path) -> Path:
     """A third adapter, on disk."""
@@ -84,29 +96,25 @@ def folder(first: Case, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@first
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
-def test_a_switch_is_seen(first: Case, folder: Path, caller: Callable, switch: Callable):
+@crossed(SWITCHES)
+def test_a_switch_is_seen(first: Case, folder: Path, caller: Callable, name: str):
     model = first.pair()
     x, before = model.sample(), output(model)
     call = caller(model)
     assert_same(call(x), before)
-    switch(model, folder)
+    SWITCHES[name](model, folder)
     after = output(model, x)
     assert differ(after, before)
     assert_same(call(x), after)
 
 
-@first
-@pytest.mark.parametrize("switch", MERGES.values(), ids=MERGES)
-@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
-def test_a_merge_is_seen(first: Case, caller: Callable, switch: tuple):
+@crossed(MERGES)
+def test_a_merge_is_seen(first: Case, caller: Callable, name: str):
     if not first.can_merge:
         return
     model = first.pair()
     x, expected = model.sample(), output(model)
-    prepare, merge = switch
+    prepare, merge = MERGES[name]
     call = caller(model)
     prepare(model)
     assert_same(call(x), expected, "merge")
@@ -114,9 +122,8 @@ def test_a_merge_is_seen(first: Case, caller: Callable, switch: tuple):
     assert_same(call(x), expected, "merge")
 
 
-@first
-@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
-def test_the_disabled_block_is_seen_at_both_ends(first: Case, caller: Callable):
+@crossed(["disable"])
+def test_the_disabled_block_is_seen_at_both_ends(first: Case, caller: Callable, name: str):
     model = first.pair()
     x, adapted = model.sample(), output(model)
     call = caller(model)
@@ -126,8 +133,17 @@ def test_the_disabled_block_is_seen_at_both_ends(first: Case, caller: Callable):
     assert_same(call(x), adapted)
 
 
-@first
-@pytest.mark.parametrize("name", ["set_adapter", "disable", "load over", "merge", "delete_adapter", "set both"])
+def steps() -> list:
+    """Each method with what changes a step; beyond the `KINDS` the two that change it most."""
+    many = ["set_adapter", "disable", "load over", "merge", "delete_adapter", "set both"]
+    return [
+        pytest.param(case, name, id=f"{case.note}-{name}")
+        for case in first_cases()
+        for name in (many if case.method.name in KINDS else many[:2])
+    ]
+
+
+@pytest.mark.parametrize(("first", "name"), steps())
 def test_a_compiled_training_step_sees_a_switch(first: Case, folder: Path, name: str):
     model = first.pair()
     x = model.sample()

@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy
 
 from msft_peft import PeftModel
-from tests.cases import Case, block_cases, fixed_of, output, shake
+from tests.cases import KINDS, Case, block_cases, fixed_of, output, shake
 from tests.tolerances import assert_same
 
 # Parts of `base_model.model.layers.0.attn.q.base_layer.weight` and of what LoRA and its kin add to it.
@@ -15,7 +15,15 @@ NAMES = (
     "site op default_ defaul default-2 modules_to_save original_module -x _ A X9"
 ).split()
 
-nested = pytest.mark.parametrize("nested", block_cases(), ids=lambda case: case.note)
+# All names where weights stand at their layers alone and where they are shared; some for every method.
+named = pytest.mark.parametrize(
+    ("nested", "name"),
+    [
+        pytest.param(case, name, id=f"{case.note}-{name}")
+        for case in block_cases()
+        for name in (NAMES if case.method.name in ("LORA", "VERA") else ("lora_A", "base_layer", "defaul"))
+    ],
+)
 
 
 def with_another(case: Case, name: str) -> tuple[PeftModel, PeftModel]:
@@ -28,8 +36,7 @@ def with_another(case: Case, name: str) -> tuple[PeftModel, PeftModel]:
     return model, plain
 
 
-@nested
-@pytest.mark.parametrize("name", NAMES)
+@named
 def test_a_name_that_occurs_elsewhere_is_harmless(nested: Case, name: str, tmp_path: Path):
     model, plain = with_another(nested, name)
     alone = output(plain)
@@ -57,8 +64,7 @@ def test_a_name_that_occurs_elsewhere_is_harmless(nested: Case, name: str, tmp_p
     assert_same(output(model), theirs, "exact")
 
 
-@nested
-@pytest.mark.parametrize("name", NAMES)
+@named
 def test_deleting_such_an_adapter_takes_its_own_weights_only(nested: Case, name: str):
     model, plain = with_another(nested, name)
     model.delete_adapter(name)
@@ -67,9 +73,15 @@ def test_deleting_such_an_adapter_takes_its_own_weights_only(nested: Case, name:
     assert_same(output(model), output(plain), "exact")
 
 
-@nested
 @pytest.mark.graph
-@pytest.mark.parametrize("name", ["0", "lora_A", "self_attn", "weight", "default-2"])
+@pytest.mark.parametrize(
+    ("nested", "name"),
+    [
+        pytest.param(case, name, id=f"{case.note}-{name}")
+        for case in block_cases()
+        for name in (["0", "lora_A", "self_attn", "weight", "default-2"] if case.method.name in KINDS else ["lora_A"])
+    ],
+)
 def test_such_a_name_compiles(nested: Case, name: str):
     import mindspore as ms
 
