@@ -313,7 +313,8 @@ def test_keys_that_still_hold_the_adapters_name_load(first: Case, tmp_path: Path
     model = trained(first)
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
+    again = repeated_keys(model)
+    tensors = {key: tensor for key, tensor in safetensors.numpy.load_file(path).items() if key not in again}
     places = [place_of(key) for key in tensors]
     old = {".".join(filter(None, (stem, "default", leaf))): tensors[key] for key, (stem, leaf) in zip(tensors, places)}
     assert not set(old) & set(tensors)

@@ -61,7 +61,7 @@ def test_a_parameter_cannot_wait_for_tokens():
     net = llama()
     before = state_of(net)
     config = LoraConfig(**Q, target_parameters=["up_proj.weight"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
-    with pytest.raises(ConfigError, match="does not work with alora_invocation_tokens"):
+    with pytest.raises(ConfigError, match="target_parameters does not work with variant='alora'"):
         get_peft_model(net, config)
     assert state_of(net) == before
 

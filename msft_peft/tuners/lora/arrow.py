@@ -20,7 +20,10 @@ _numbers = itertools.count()
 
 
 class Prototypes:
-    """(E, in): the adapters' main input directions. No Cell, so that they are not among the model's parameters."""
+    """(E + 1, in): the adapters' main input directions, and a row of zeros.
+
+    No Cell, so that they are not among the model's parameters.
+    """
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = Parameter(Tensor(rows), name=f"arrow_prototypes_{next(_numbers)}", requires_grad=False)
@@ -78,11 +81,13 @@ class ArrowPatch(LoraPatch):
                 for patch in tasks.values()
             ]
         )
+        # One more row, so that what compiled code cuts out is not all of them, see `shares`.
+        rows = np.pad(rows, ((0, 1), (0, 0))).astype(np.float32)
         known = self.__dict__.get("prototypes")
         if known is not None and known.rows.shape == rows.shape:
             write(known.rows, rows)
         else:
-            self.prototypes = Prototypes(rows.astype(np.float32))
+            self.prototypes = Prototypes(rows)
 
     def _fault(self, tasks: Mapping[str, Patch], general: list[str], others: Mapping[str, Patch]) -> str:
         """Why there can be no routing here; empty if there can."""
@@ -126,7 +131,9 @@ class ArrowPatch(LoraPatch):
 
     def shares(self, tokens: Tensor) -> Tensor:
         """c (tokens, E)."""
-        affinity = ops.abs(ops.matmul(tokens, ops.transpose(self.prototypes.rows, (1, 0))))
+        # A bare Parameter of a plain object cannot cross the parts of a compiled graph; what is cut out of it can.
+        rows = ops.depend(self.prototypes.rows, tokens)[: len(self.routes)]
+        affinity = ops.abs(ops.matmul(tokens, ops.transpose(rows, (1, 0))))
         least = ops.stop_gradient(ops.topk(affinity, self.arrow.top_k)[0][:, -1:])
         out = ops.full_like(affinity, -1e30)
         return ops.softmax(ops.where(affinity >= least, affinity * self.temperature, out), -1)
