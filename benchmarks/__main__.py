@@ -2,13 +2,14 @@
 
 import argparse
 
-from benchmarks import generation, hosts, lora_step, many_adapters, prompts
+from benchmarks import generation, hosts, lora_step, many_adapters, methods, prompts
 
 MEASUREMENTS = {
     "lora_step": lora_step.main,
     "many_adapters": many_adapters.main,
     "generation": generation.main,
     "prompts": prompts.main,
+    "methods": methods.main,
     "hosts": hosts.main,
 }
 # These need environments of their own, see the Makefile: they are run by name alone.

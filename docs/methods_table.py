@@ -3,12 +3,26 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
+from mindspore import nn
+
+from msft_peft import get_peft_model
+from msft_peft.core.layer import TunerLayer
+from msft_peft.core.patch import Patch
 from msft_peft.registry import METHODS, Method
 
 PAGE = Path(__file__).parent / "methods.md"
 BEGIN, END = "<!-- begin: methods_table.py -->", "<!-- end -->"
-HEADS = ("method", "config", "formula", "layers", "identity at first", "merges", "mixed", "source")
+HEADS = ("method", "config", "kind", "formula", "trains", "layers", "identity at first", "merges", "mixed", "batched")
+HEADS += ("source",)
+WIDTH = 1024
+# What a config needs to be told for one layer.
+NEEDED: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 1000},
+    "IA3": {"feedforward_modules": ["0"]},
+    "TRAINABLE_TOKENS": {"token_indices": [0]},
+}
 
 
 def table() -> str:
@@ -22,18 +36,40 @@ def _row(method: Method) -> tuple[str, ...]:
     others = sorted(set(method.patches) - set(kinds))
     patch = method.patches.get("dense") or method.patches[(kinds + others)[0]]
     formula = _text(patch).partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
-    source = re.search(r"Source: (.*?)(?:\n\n|\n[A-Z]\w+:|$)", _text(method.config), re.DOTALL)
+    texts = f"{_text(method.config)}\n\n{_text(patch)}"
+    source = re.search(r"Source: (.*?)(?:\n\n|\n[A-Z]\w+:|$)", texts, re.DOTALL)
     says = {True: "yes", False: "no"}
+    layer = nn.LayerNorm((WIDTH,)) if method.name == "LN_TUNING" else nn.Dense(WIDTH, WIDTH)
+    config = method.config(target_modules=["0"], **NEEDED.get(method.name, {}))
+    model = get_peft_model(nn.SequentialCell(layer), config)
+    (example,) = (cell.adapters["default"] for _, cell in model.cells_and_names() if isinstance(cell, TunerLayer))
+    kind = _kind(example)
     return (
         method.name,
         f"`{method.config.__name__}`",
+        kind,
         formula,
+        f"{model.get_nb_trainable_parameters()[0]:,}",
         ", ".join(kinds + others),
         says[method.identity_at_init],
         says[method.merges],
         says[method.mixed],
+        "one pass" if example.batched_rank else "a pass each",
         " ".join(source.group(1).split()) if source else "",
     )
+
+
+def _kind(patch: Patch) -> str:
+    """What it does to its layer, by the hooks that it has."""
+    if patch.shared is not None:
+        return "adds to the weight, with weights that all layers share"
+    if patch.replaces:
+        return "takes the layer's place"
+    if type(patch).before is not Patch.before:
+        return "changes the input"
+    if patch.additive:
+        return "adds to the weight"
+    return "builds on the weight" if patch.reads_base else "changes the output"
 
 
 def _text(thing: type) -> str:

@@ -104,11 +104,6 @@ class Adapter:
                 key = f"{hf_name(path)}.{suffix}" if holder is patch else BESIDE + suffix
                 shape, blocks = holder.shape_of(attribute), holder.blocks_of(attribute)
                 found[key] = Named(key, local, p, shape, blocks, patch.turned, holder.kept_of(attribute))
-            if patch.shared is not None and patch.shared.repeated:
-                for suffix in patch.shared.keys.values():
-                    if (named := found.get(BESIDE + suffix)) is not None:
-                        key = f"{hf_name(path)}.{suffix}"
-                        found[key] = named._replace(key=key)
         for path, module in self.modules.items():
             for named in named_parameters(module, tied=True):
                 owner, _, leaf = f"{path}.{named.key}".rpartition(".")

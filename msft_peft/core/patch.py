@@ -110,12 +110,7 @@ class Shared(Weights):
 
     In HF's files their keys stand beside the base model's, "base_model.vera_A". In the tree they stand at the layer of
     the adapter's first Patch, which `leads`.
-
-    Attributes:
-        repeated: HF's files hold them at each layer as well.
     """
-
-    repeated = False
 
     def __init__(self, sites: Iterable[Site], config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool) -> None:
         sites = list(sites)

@@ -221,10 +221,10 @@ def _unwrapped(cell: nn.Cell) -> nn.Cell:
 
 
 def vocabulary(table: nn.Cell) -> np.ndarray:
-    """The vectors of all tokens, (vocabulary, dim), float32."""
+    """The vectors of all tokens, (vocabulary, dim), in the table's dtype: a view, where MindSpore gives one."""
     inner = _unwrapped(table)
     site = describe(inner, "")
-    return as_float32(to_numpy(inner.weight if site is None else site.weight))
+    return to_numpy(inner.weight if site is None else site.weight)
 
 
 def completed(config: PromptLearningConfig, model: nn.Cell) -> None:

@@ -8,6 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from msft_peft.backend.arrays import as_float32
 from msft_peft.config import PromptLearningConfig, TaskType
 from msft_peft.core.prompt import Table, VirtualTokens, vocabulary
 from msft_peft.errors import ConfigError
@@ -97,7 +98,7 @@ class CPTEmbedding(VirtualTokens):
             raise ConfigError(
                 f"cpt_token_ids must be tokens of the model, 0 to {len(vectors) - 1}, got {ids.tolist()}"
             )
-        self.embedding = Table(Tensor(vectors[ids]), requires_grad=False)
+        self.embedding = Table(Tensor(as_float32(vectors[ids])), requires_grad=False)
         self.delta_embedding = self.table(config.token_dim, np.zeros((self.tokens, config.token_dim), np.float32))
         types = np.array(config.cpt_tokens_type_mask)
         kinds = types % _KINDS

@@ -76,7 +76,7 @@ class TokensPatch(Patch):
 
     def setup(self, site: Site, config: Any) -> None:
         indices, key = self.place
-        rows = as_float32(to_numpy(site.weight))[indices]
+        rows = as_float32(to_numpy(site.weight)[indices])
         self.delta = self.weight(key, rows.shape, rows, attribute="delta")
         self._remember(rows)
 
@@ -118,14 +118,14 @@ class TiedTokensPatch(TokensPatch):
         super().__init__(site, config, autocast, *source.place)
 
     def setup(self, site: Site, config: Any) -> None:
-        self._remember(as_float32(to_numpy(site.weight))[self.place[0]])
+        self._remember(as_float32(to_numpy(site.weight)[self.place[0]]))
 
     def rows(self) -> Tensor:
         return self.source.cell.delta
 
 
 class TrainableTokensPatch(TokensPatch):
-    """The same as a method of its own."""
+    """W'[i] = w_i for the named rows i of a table or of a layer that gives scores of tokens; the others stay."""
 
     def __init__(
         self, site: Site, config: TrainableTokensConfig, autocast: bool = True, low_cpu_mem_usage: bool = False

@@ -33,7 +33,6 @@ class Case:
         merges: False if a layer here cannot be merged, though the method can.
         life: it is also tested on what does not depend on the kind of layer: files, switches, failures.
         residual: the base weights give up what the fresh adapter adds, so that they are not what they were beside it.
-        descent: what part of the loss 20 steps of SGD leave at most: more where a method can do little here.
         idle: names of weights that have no part in evaluation, and no gradient there.
         method: filled in by `all_cases`.
     """
@@ -48,7 +47,6 @@ class Case:
     merges: bool = True
     life: bool = False
     residual: bool = False
-    descent: float = 0.8
     idle: tuple[str, ...] = ()
     method: Method = field(default=None, repr=False)  # type: ignore[assignment]
 
@@ -153,13 +151,6 @@ def shared_keys(model: nn.Cell) -> set[str]:
 def layers_of(model: nn.Cell) -> list[TunerLayer]:
     """The adapted layers, in network order."""
     return [cell for _, cell in model.cells_and_names() if isinstance(cell, TunerLayer)]
-
-
-def repeated_keys(model: nn.Cell) -> set[str]:
-    """The keys under which HF's files hold the same at each layer again."""
-    patches = [patch for layer in layers_of(model) for patch in layer.adapters.values()]
-    repeated = [patch for patch in patches if patch.shared is not None and patch.shared.repeated]
-    return {f"base_model.model.{p.site.path}.{key}" for p in repeated for key in p.shared.keys.values()}
 
 
 def read_the_base(model: nn.Cell) -> bool:

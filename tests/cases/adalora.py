@@ -8,7 +8,7 @@ from tests.cases import Case
 RANKS = {"init_r": 3, "target_r": 2, "total_step": 10}
 
 CASES = (
-    Case("dense", nets.Dense, RANKS | {"target_modules": ["lin0", "lin1"]}, ("lin0", "lin1"), life=True, descent=0.99),
+    Case("dense", nets.Dense, RANKS | {"target_modules": ["lin0", "lin1"]}, ("lin0", "lin1"), life=True),
     Case(
         "pruned",
         nets.Dense,

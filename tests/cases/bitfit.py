@@ -14,7 +14,6 @@ CASES = (
         {},
         ("layers.0.norm", "layers.0.attn.q", "layers.0.attn.v", "layers.0.mlp", "head"),
         life=True,
-        descent=0.85,
     ),
     Case("dense", nets.Dense, {}, ("lin0",)),
     Case(

@@ -12,14 +12,12 @@ CASES = (
         {"target_modules": ["lin0", "lin1"], "boft_block_size": 2},
         ("lin0", "lin1"),
         life=True,
-        descent=0.95,
     ),
     Case(
         "butterfly",
         nets.FusedDense,
         {"target_modules": ["lin1"], "boft_block_size": 2, "boft_n_butterfly_factor": 3},
         ("lin1",),
-        descent=0.95,
     ),
     Case(
         "conv2d",

@@ -11,7 +11,6 @@ CASES = (
         tuple(f"layers.{n}.attn.{end}" for n in range(2) for end in "qv"),
         life=True,
         identity=False,
-        descent=0.99,
     ),
     Case(
         "fused-activation",

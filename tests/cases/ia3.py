@@ -9,7 +9,7 @@ QV = ("layers.0.attn.q", "layers.0.attn.v", "layers.1.attn.q", "layers.1.attn.v"
 LINEAR = {"target_modules": ["lin0", "lin1"], "feedforward_modules": ["lin1"]}
 
 CASES = (
-    Case("dense", nets.Dense, LINEAR, ("lin0", "lin1"), life=True, descent=0.95),
+    Case("dense", nets.Dense, LINEAR, ("lin0", "lin1"), life=True),
     Case("fused-activation", nets.FusedDense, LINEAR, ("lin0", "lin1")),
     Case("blocks", nets.Blocks, {"target_modules": ["q", "v"], "feedforward_modules": []}, QV),
     Case(

@@ -12,7 +12,6 @@ CASES = (
         {"target_modules": ["lin0", "lin1"], "oft_block_size": 2},
         ("lin0", "lin1"),
         life=True,
-        descent=0.95,
     ),
     Case(
         "exact",

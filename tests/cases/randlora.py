@@ -3,7 +3,7 @@
 from tests import nets
 from tests.cases import Case
 
-BOTH = {"target_modules": ["lin0", "lin1"], "r": 4, "randlora_alpha": 1}
+BOTH = {"target_modules": ["lin0", "lin1"], "r": 4, "randlora_alpha": 8}
 
 CASES = (
     Case("dense", nets.Dense, BOTH, ("lin0", "lin1"), life=True),

@@ -4,7 +4,7 @@ from tests import nets
 from tests.cases import Case
 
 CASES = (
-    Case("one", nets.Dense, {"target_modules": ["lin0"], "group_size": 4}, ("lin0",), life=True, descent=0.95),
+    Case("one", nets.Dense, {"target_modules": ["lin0"], "group_size": 4}, ("lin0",), life=True),
     Case(
         "two",
         nets.FusedDense,

@@ -4,7 +4,7 @@ from tests import nets
 from tests.cases import Case
 
 CASES = (
-    Case("dense", nets.Dense, {"target_modules": ["lin0", "lin1"], "r": 1}, ("lin0", "lin1"), life=True, descent=0.95),
+    Case("dense", nets.Dense, {"target_modules": ["lin0", "lin1"], "r": 1}, ("lin0", "lin1"), life=True),
     Case(
         "fused-activation",
         nets.FusedDense,

@@ -14,7 +14,6 @@ CASES = (
         {"target_modules": ["lin0", "lin1"], "token_indices": [0, 3]},
         ("lin0", "lin1"),
         life=True,
-        descent=0.95,
     ),
     Case("embedding", nets.Embedding, {"target_modules": ["emb"], "token_indices": [8, 6]}, ("emb",), life=True),
     Case("half", partial(nets.Embedding, ms.float16), {"target_modules": ["emb"], "token_indices": [7]}, ("emb",)),

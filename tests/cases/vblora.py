@@ -7,7 +7,7 @@ BANK = {"r": 2, "num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 
 QV = ("layers.0.attn.q", "layers.0.attn.v", "layers.1.attn.q", "layers.1.attn.v")
 
 CASES = (
-    Case("blocks", nets.Blocks, {"target_modules": ["q", "v"], **BANK}, QV, life=True, descent=0.96),
+    Case("blocks", nets.Blocks, {"target_modules": ["q", "v"], **BANK}, QV, life=True),
     Case(
         "transposed", nets.Gpt2, {"target_modules": ["c_attn"], **BANK, "fan_in_fan_out": True, "topk": 3}, ("c_attn",)
     ),

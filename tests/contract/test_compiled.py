@@ -75,11 +75,11 @@ MERGES: dict[str, tuple[Callable[[PeftModel], Any], Callable[[PeftModel], Any]]]
 }
 
 
-def crossed(options: Iterable[str]) -> pytest.MarkDecorator:
+def crossed(options: Iterable[str], cases: Iterable[Case] = tuple(first_cases())) -> pytest.MarkDecorator:
     """Each method with each option and caller; beyond the `KINDS` an option has one caller, the callers in turn."""
     found = [
         pytest.param(case, CALLERS[caller], option, id=f"{case.note}-{caller}-{option}")
-        for case in first_cases()
+        for case in cases
         for i, option in enumerate(options)
         for j, caller in enumerate(CALLERS)
         if case.method.name in KINDS or j == i % len(CALLERS)
@@ -108,10 +108,8 @@ def test_a_switch_is_seen(first: Case, folder: Path, caller: Callable, name: str
     assert_same(call(x), after)
 
 
-@crossed(MERGES)
+@crossed(MERGES, [case for case in first_cases() if case.can_merge])
 def test_a_merge_is_seen(first: Case, caller: Callable, name: str):
-    if not first.can_merge:
-        return
     model = first.pair()
     x, expected = model.sample(), output(model)
     prepare, merge = MERGES[name]

@@ -64,7 +64,8 @@ def test_a_safe_merge_writes_no_nan(case: Case, mode: str, bad: float):
     last = layers_of(model)[-1]
     p = next(p for p in last.get_parameters() if "default" in p.name.split("."))
     broken = array(p)
-    broken[0] = bad
+    # One number is enough; but among many MindSpore's topk does not choose a NaN, so that VB-LoRA's logits lose a row.
+    broken[0 if case.method.name == "VBLORA" else (0,) * broken.ndim] = bad
     p.copy_(Tensor(broken))
     calls = [lambda: model.merge_adapter(safe_merge=True), lambda: model.merge_and_unload(safe_merge=True)]
     for call in calls:

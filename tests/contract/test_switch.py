@@ -3,7 +3,9 @@
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mindspore import Tensor
 
 from msft_peft import AdapterNameError, MergeError, PeftModel, get_peft_model
 from tests.cases import Case, act_in_turn, layers_of, life_cases, output, shake, state_of, weights_of
@@ -117,6 +119,21 @@ def test_each_adapter_alone_and_both_together(case: Case, mode: str):
     again = ["one", "two", "one"] if act_in_turn(model) else ["two", "one", "two"]
     model.base_model.set_adapter(again)
     assert_same(output(model), both, "merge")  # the order is no matter but for rounding, and twice is once
+
+
+def test_each_row_of_a_batch_goes_through_an_adapter_of_its_own(case: Case, mode: str):
+    model, wanted = case.pair().set_train(False), {}
+    x = Tensor(np.concatenate([array(model.sample())] * 2))
+    for name in ("one", "two"):
+        model.set_adapter(name, inference_mode=True)
+        wanted[name] = output(model, x)
+    with model.disable_adapter():
+        wanted["__base__"] = output(model, x)
+    names = [("one", "two", "__base__")[i % 3] for i in range(len(x))]
+    rows = np.stack([wanted[name][i] for i, name in enumerate(names)])
+    assert_same(model(x, adapter_names=names), rows)
+    assert_same(model(x, adapter_names=names[::-1]), np.stack([wanted[n][i] for i, n in enumerate(names[::-1])]))
+    assert_same(model(x), wanted["two"])
 
 
 def test_set_adapter_in_inference_mode_leaves_it_frozen(case: Case):

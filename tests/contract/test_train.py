@@ -4,12 +4,12 @@ from typing import Any
 
 import mindspore as ms
 import pytest
-from mindspore import dataset, nn
+from mindspore import Tensor, dataset, nn
 
 from msft_peft import PeftModel
-from tests.cases import Case, all_cases, first_cases, in_pynative, output
+from tests.cases import Case, all_cases, first_cases, in_pynative, output, shake
 from tests.nets import Loss, floats
-from tests.tolerances import array, assert_same
+from tests.tolerances import array, assert_same, differ
 
 heads = pytest.mark.parametrize(
     "plain", [*first_cases(), next(case for case in all_cases() if case.whole)], ids=lambda case: case.note
@@ -60,11 +60,16 @@ def test_frozen_weights_get_no_optimizer_state(case: Case, mode: str):
 
 
 @heads
-def test_sgd_descends(plain: Case, mode: str):
+def test_it_learns_what_the_same_adapter_did_with_other_weights(plain: Case, mode: str):
+    """A target that can be reached, whatever the method can do to the outputs."""
     model = plain.adapted()
-    x, before = model.sample(), snapshot(model)
-    target = floats(*output(model).shape, seed=3)
-    optimizer = nn.SGD(model.trainable_params(), 0.1, momentum=0.9)
+    x, before, start = model.sample(), snapshot(model), output(model)
+    shake(model.trainable_params(), seed=4)
+    target = Tensor(output(model))
+    for p in model.trainable_params():
+        p.copy_(Tensor(before[p.name]))
+    assert differ(array(target), start)
+    optimizer = nn.Adam(model.trainable_params(), 0.03)
     gradient = ms.value_and_grad(Loss(model), None, optimizer.parameters)
 
     def step(x, target):
@@ -73,9 +78,9 @@ def test_sgd_descends(plain: Case, mode: str):
         return loss
 
     step = ms.jit(step) if mode == "graph" else step
-    losses = [float(array(step(x, target))) for _ in range(20)]
-    assert losses[-1] < plain.descent * losses[0]
-    assert_only_the_adapter_moved(model, before)
+    losses = [float(array(step(x, target))) for _ in range(30)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert_only_the_adapter_moved(model, before, plain.idle)
 
 
 @heads

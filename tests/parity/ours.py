@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -111,6 +112,18 @@ def tensors_of(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], bytes]
         key: (info["dtype"], tuple(info["shape"]), data[slice(*info["data_offsets"])]) for key, info in header.items()
     }
     return found, metadata
+
+
+def without_copies(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors but for those that HF's RandLoRA writes at each layer again, as they stand beside the base model."""
+    found = {}
+    for key, tensor in tensors.items():
+        shared = f"base_model.{key.rpartition('.')[2]}"
+        if key == shared or shared not in tensors:
+            found[key] = tensor
+        else:
+            assert tensor == tensors[shared]
+    return found
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:

@@ -80,7 +80,10 @@ def test_unmerging_gives_the_weights_back(name):
 @each_case
 @pytest.mark.parametrize("adapter", ["default", "other"])
 def test_files(name, adapter, tmp_path):
-    """Loaded and saved again, whatever its name meanwhile: HF's config, and HF's weights file to the byte."""
+    """Loaded and saved again, whatever its name meanwhile: HF's config, and HF's weights file to the byte.
+
+    But for RandLoRA's, which has the random matrices once.
+    """
     weights, _, _, _ = golden(name)
     original = folder_of(ALL_CASES[name])
     model = ours.load(ALL_CASES[name], weights, original, adapter_name=adapter)
@@ -89,9 +92,13 @@ def test_files(name, adapter, tmp_path):
     assert ours.config_in(folder) == ours.config_in(original)
     mine, theirs = folder / "adapter_model.safetensors", original / "adapter_model.safetensors"
     tensors, metadata = ours.tensors_of(mine)
-    assert tensors == ours.tensors_of(theirs)[0]
+    wanted, _ = ours.tensors_of(theirs)
+    assert tensors == ours.without_copies(wanted)
     assert metadata == {"format": "pt"}
-    assert mine.read_bytes() == theirs.read_bytes()
+    if len(tensors) == len(wanted):
+        assert mine.read_bytes() == theirs.read_bytes()
+    else:
+        assert name.startswith("randlora")
 
 
 @each_case

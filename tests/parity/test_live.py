@@ -28,6 +28,8 @@ def hf_load(the_case: Case, weights, folder, **options) -> HfPeftModel:
         warnings.filterwarnings("ignore", message="LoRA adapter added to ConvNd layer with groups > 1")
         warnings.filterwarnings("ignore", message="Unsupported layer type .*LayerNorm")
         warnings.filterwarnings("ignore", message="Specified to not (save|load)")
+        # Our files have RandLoRA's random matrices once, and HF's at each layer again.
+        warnings.filterwarnings("ignore", message=r"Found missing adapter keys .*: \['[^']+\.randlora_[AB]\.default'")
         warnings.filterwarnings("ignore", message="Failed to load the CUDA|Setting boft_n_butterfly_factor to 1")
         module = theirs.build(the_case.net, weights)
         return HfPeftModel.from_pretrained(module, folder, is_trainable=True, **options).eval()
@@ -51,7 +53,7 @@ def test_we_write_and_hf_reads_without_a_warning(name, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     compare(ours.record(mine, x, target, the_case.merges), theirs.record(model, x, target, the_case.merges))
     a, b = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
-    assert a == b
+    assert a == (ours.without_copies(b[0]), b[1])
     mine, hf = (ours.config_in(tmp_path / who) for who in ("ours", "theirs"))
     # HF's task classes add their heads to those that the file names already, so that it lists them twice.
     if hf.get("modules_to_save"):

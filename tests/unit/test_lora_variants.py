@@ -42,6 +42,11 @@ REFUSED = {
     "kasa and dora": (nets.Dense, {"kasa_config": {}, "use_dora": True}, "variant combination: dora and kasa"),
     "kasa: negative": (nets.Dense, {"kasa_config": {"beta": -1.0}}, "`beta` must be non-negative, got -1.0"),
     "kasa: not a number": (nets.Dense, {"kasa_config": {"gamma": float("nan")}}, "`gamma` should be a finite number"),
+    "kasa: misspelt": (
+        nets.Dense,
+        {"kasa_config": {"betta": 1}},
+        r"`kasa_config` has no field betta; the fields of KasaC",
+    ),
     "kasa: no sub-config": (nets.Dense, {"kasa_config": True}, "`kasa_config` must be a KasaConfig or a dict"),
     "kasa: another start": (nets.Dense, {"kasa_config": {}, "init_lora_weights": "pissa"}, "does not go with.*pissa"),
     "kasa: all components": (nets.Dense, {"kasa_config": {}, "r": 5}, "KaSA requires `r` to be smaller.*r=5"),

@@ -11,6 +11,7 @@ from mindspore import Tensor
 from msft_peft import (
     LoadError,
     PeftModel,
+    RandLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     get_layer_status,
@@ -250,3 +251,54 @@ def test_what_is_no_choice_of_vectors(tmp_path, spoilt):
 def test_what_vblora_refuses(settings, error, text):
     with pytest.raises(error, match=text):
         vblora(**settings)
+
+
+def dense() -> nets.Dense:
+    ms.set_seed(5)
+    return nets.Dense().set_train(False)
+
+
+def randlora(tmp_path) -> tuple[PeftModel, dict[str, np.ndarray]]:
+    """A saved adapter, and the tensors as HF would have written them: the random matrices at each layer again."""
+    config = RandLoraConfig(target_modules=["lin0", "lin1"], r=2, randlora_alpha=2)
+    model = get_peft_model(dense(), config)
+    shake(weights_of(model, "default"))
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert sorted(key for key in tensors if key.endswith(("_A", "_B"))) == [
+        "base_model.randlora_A",
+        "base_model.randlora_B",
+    ]
+    copies = {
+        f"base_model.model.{layer}.{name}": tensors[f"base_model.{name}"]
+        for layer in ("lin0", "lin1")
+        for name in ("randlora_A", "randlora_B")
+    }
+    return model, tensors | copies
+
+
+@pytest.mark.parametrize("lost", [[], ["base_model.randlora_A"], ["base_model.model.lin1.randlora_B"]], ids=str)
+def test_randlora_reads_files_with_copies(tmp_path, lost):
+    model, tensors = randlora(tmp_path)
+    for key in lost:
+        del tensors[key]
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(dense(), tmp_path)
+    assert loaded.load_report.missing_keys == loaded.load_report.unexpected_keys == ()
+    assert_same(output(loaded), output(model), "exact")
+
+
+def test_randlora_s_copies_must_agree(tmp_path):
+    _, tensors = randlora(tmp_path)
+    tensors["base_model.model.lin1.randlora_B"] = tensors["base_model.randlora_B"] + 1
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LoadError, match=r"lin1\.randlora_B is another matrix than base_model\.randlora_B"):
+        PeftModel.from_pretrained(dense(), tmp_path)
+
+
+def test_randlora_misses_what_is_nowhere(tmp_path):
+    _, tensors = randlora(tmp_path)
+    rest = {key: array for key, array in tensors.items() if not key.endswith("randlora_A")}
+    safetensors.numpy.save_file(rest, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LoadError, match=r"missing adapter keys.*base_model\.randlora_A"):
+        PeftModel.from_pretrained(dense(), tmp_path)

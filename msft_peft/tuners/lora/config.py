@@ -204,7 +204,7 @@ class LoraConfig(TargetedConfig):
                 )
                 setattr(self, name, kind())
             elif isinstance(value, Mapping):
-                setattr(self, name, _made(kind, value))
+                setattr(self, name, _made(name, kind, value))
             elif value is not None and not isinstance(value, kind):
                 raise ConfigError(f"`{name}` must be a {kind.__name__} or a dict, got {type(value).__name__}")
 
@@ -239,12 +239,15 @@ class LoraConfig(TargetedConfig):
                     )
 
 
-def _made(kind: type, fields: Mapping[str, Any]) -> Any:
+def _made(name: str, kind: type, fields: Mapping[str, Any]) -> Any:
     """A sub-config from a file's fields, among them those that are no arguments of its class."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    if unknown := sorted(map(str, fields.keys() - {*known})):
+        raise ConfigError(f"`{name}` has no field {', '.join(unknown)}; the fields of {kind.__name__} are {known}")
     late = {f.name for f in dataclasses.fields(kind) if not f.init}
-    found = kind(**{name: value for name, value in fields.items() if name not in late})
-    for name in late & fields.keys():
-        setattr(found, name, fields[name])
+    found = kind(**{key: value for key, value in fields.items() if key not in late})
+    for key in late & fields.keys():
+        setattr(found, key, fields[key])
     return found
 
 
