@@ -33,7 +33,7 @@ from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.prompt import PREFIX_STATES, Prompts, VirtualTokens, completed, prompts_of, word_embeddings
 from msft_peft.core.replication import Blocks, replicated, restore_blocks
 from msft_peft.core.routing import Routing, routing_of
-from msft_peft.core.targets import match_targets, matches_name, resolve_targets
+from msft_peft.core.targets import is_bypassed, match_targets, matches_name, resolve_targets
 from msft_peft.core.tied import copies_of, say_ties, tied_embeddings
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, PeftWarning
 from msft_peft.hosts import Site, hf_names, model_config
@@ -176,6 +176,11 @@ def prepare(
     method = method_of(config)
     config.require_built()
     check_name(name)
+    if isinstance(getattr(type(model), "peft_config", None), property):
+        raise ConfigError(
+            "The model is a PeftModel already. Add further adapters to it with add_adapter or load_adapter; its base "
+            "model is get_base_model()."
+        )
     _check_company(model, method)
     config = copy.deepcopy(config)
     if isinstance(config, PromptLearningConfig):
@@ -191,7 +196,7 @@ def prepare(
     config.target_modules = targets if isinstance(targets, str) else sorted(targets)
     if method.settle is not None:
         method.settle(config, model_config(model))
-    sites = _sites(config, seen, match_targets(config, seen), places)
+    sites = _sites(model, config, seen, match_targets(config, seen), places)
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
     _check_parameters(model, config, name)
@@ -201,7 +206,7 @@ def prepare(
     if tied is not None and ensure and tied.paths & set(modules):
         modules |= {site.path: site.layer for site in tied}
     _say_paths(config, whole, seen)
-    with _bare(model, name):
+    with _bare([w for _, w in wrappers(model) if isinstance(w, TunerLayer) and (w.merged or name in w.given)], name):
         patches = _patches(method, sites, config, autocast, low_cpu_mem_usage)
         if method.extras is not None:
             extras = method.extras(model, config, cells, patches, tied, autocast, low_cpu_mem_usage)
@@ -254,6 +259,7 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
 
     The base model's own parameters are frozen, and nothing of them is copied.
     """
+    _unmerge_for(model, adapter.name)
     keep = held_ids(model) | {id(p) for name in configs_of(model) for p in _biases_of(model, name)}
     for p in model.get_parameters():
         if id(p) not in keep:
@@ -274,6 +280,30 @@ def attach(model: nn.Cell, adapter: Adapter) -> None:
     elif prompts is not None:
         del model.peft_prompts
     model.peft_config = configs_of(model) | {adapter.name: adapter.config}
+
+
+def say_the_second_time(model: nn.Cell) -> None:
+    """Warn of the adapters that are in a model already, of which one of the same name will be replaced."""
+    if configs_of(model):
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before.",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
+def _unmerge_for(model: nn.Cell, name: str) -> None:
+    """Take all adapters out of the base weights again if one of them is `name`, which is about to be replaced."""
+    layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer)]
+    if any(name in layer.backups for layer in layers):
+        warnings.warn(
+            f"Adapter {name} is merged, and another one takes its place. Unmerging the model first.",
+            PeftWarning,
+            stacklevel=5,
+        )
+        for layer in layers:
+            layer.unmerge()
 
 
 def _put_before(model: nn.Cell, name: str, prompt: VirtualTokens, enabled: bool) -> None:
@@ -461,7 +491,7 @@ def inject_adapter_in_model(
 
 
 def _sites(
-    config: TargetedConfig, cells: dict[str, nn.Cell], paths: list[str], places: Mapping[str, str]
+    model: nn.Cell, config: TargetedConfig, cells: dict[str, nn.Cell], paths: list[str], places: Mapping[str, str]
 ) -> dict[str, Site]:
     """The Sites at these of HF's names, by their places in the model."""
     method, variant = method_of(config), getattr(config, "variant", "")
@@ -474,6 +504,11 @@ def _sites(
             raise ConfigError(
                 f"Target module {path} ({type(cell).__name__}) is not supported. Currently, only these kinds of "
                 f"layers are supported by {what}: {sorted(kinds)}. Name such layers, or 'all-linear'."
+            )
+        if is_bypassed(path, cells, model):
+            raise ConfigError(
+                f"Target module {path}: nn.MultiheadAttention reads the weight of this layer and never calls "
+                "it, so that an adapter there would do nothing. Leave it out; modules_to_save trains it whole."
             )
         found[places[path]] = site
     return found
@@ -553,13 +588,19 @@ def _check_owner(site: Site, there: Wrapper | None, others: Iterable[str]) -> No
         )
 
 
+def unmerged(model: nn.Cell, parameters: Iterable[Parameter]) -> contextlib.AbstractContextManager[None]:
+    """Inside the block nothing is merged into these parameters; afterwards they are as they were."""
+    wanted = {id(p) for p in parameters}
+    layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer) and w.merged]
+    return _bare([layer for layer in layers if wanted & {id(layer.weight), id(layer.bias)}])
+
+
 @contextlib.contextmanager
-def _bare(model: nn.Cell, name: str) -> Iterator[None]:
+def _bare(layers: list[TunerLayer], name: str = "") -> Iterator[None]:
     """Inside the block nothing is merged into the base weights, and they have what adapter `name` took from them.
 
     Afterwards they are as they were.
     """
-    layers = [w for _, w in wrappers(model) if isinstance(w, TunerLayer) and (w.merged or name in w.given)]
     before = [
         (layer, layer.backups, [(p, to_numpy(p).copy()) for p in (layer.weight, layer.bias) if p is not None])
         for layer in layers

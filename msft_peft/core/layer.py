@@ -399,15 +399,19 @@ class TunerLayer(Wrapper):
 
     def check_merge(self, names: Iterable[str], finite: bool) -> None:
         """Raise MergeError if one of these cannot be merged or, with `finite`, would write a NaN or an infinity."""
+        w, b = self.merged_into(()) if finite else (None, None)
         for name in names:
-            self.adapters[name].check_mergeable()
-            if self.backups and self.adapters[name].reads_base:
+            patch = self.adapters[name]
+            patch.check_mergeable()
+            if self.backups and patch.reads_base:
                 raise MergeError(
                     f"Adapter {name} depends on the base weight of {self.site.path}, into which "
                     f"{list(self.backups)} are merged: unmerge them first, and merge all of them in one call."
                 )
-            parts = self.merged_into([name]) if finite else ()
-            stored = [as_float32(to_numpy(ops.cast(p, self.site.dtype))) for p in parts if p is not None]
+            if not finite or patch.rides:
+                continue
+            w, b = patch.merged(w, b)
+            stored = [as_float32(to_numpy(ops.cast(p, self.site.dtype))) for p in (w, b) if p is not None]
             if not all(np.isfinite(array).all() for array in stored):
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: at {self.site.path}."
@@ -492,29 +496,45 @@ class TunerLayer(Wrapper):
         return fits and isinstance(patch, Patch) and patch.additive and patch.alone and patch.invocation is None
 
     def __getattr__(self, name: str) -> Any:
-        """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name."""
+        """`layer.scaling`, `layer.r`, ...: what every Patch here knows, by adapter name.
+
+        Anything else is asked of the base layer, for code that reads its attributes (`embedding_table`, `gamma`).
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            adapters = self.__dict__.get("_cells", {}).get("adapters")
-            patches = adapters._cells if adapters is not None else {}
+            cells = self.__dict__.get("_cells", {})
+            if "adapters" not in cells or name.startswith("_"):
+                raise
+            patches = cells["adapters"]._cells
             if patches and all(_has(patch, name) for patch in patches.values()):
                 return {key: getattr(patch, name) for key, patch in patches.items()}
-            raise
+            return getattr(cells["base_layer"], name)
 
 
 class PairedTunerLayer(TunerLayer):
-    """A TunerLayer for a layer that returns (output, bias): None, or a bias that whoever calls it is to add."""
+    """A TunerLayer for a layer that returns (output, bias): None, or a bias that whoever calls it is to add.
+
+    With adapters in effect it adds that bias itself and returns zeros in its place, since they may change the bias.
+    """
 
     def __init__(self, base: nn.Cell, site: Site, routing: Routing) -> None:
         super().__init__(base, site, routing)
         self.leaves_bias = site.bias is not None and base.skip_bias_add
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.adapted(x), self.base_layer.bias if self.leaves_bias else None
+        y = self.adapted(x)
+        if not self.leaves_bias:
+            return y, None
+        bias = self.base_layer.bias
+        return y, ops.zeros_like(bias) if self.adapting or self.routing.names else bias
 
     def _base_output(self, x: Tensor) -> Tensor:
         return self.base_layer(x)[0]
+
+    def _linear(self, x: Tensor) -> Tensor:
+        y = super()._linear(x)
+        return ops.add(y, ops.cast(self.base_layer.bias, y.dtype)) if self.leaves_bias else y
 
 
 def tuner_layer(base: nn.Cell, site: Site, routing: Routing) -> TunerLayer:

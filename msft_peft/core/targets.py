@@ -53,11 +53,11 @@ def resolve_targets(
         model_type = str(model_config(model).get("model_type"))
         targets = method.default_targets.get(model_type)
         if method.find_targets is not None:
-            targets = method.find_targets(config, model, _sites(cells))
+            targets = method.find_targets(config, model, _sites(cells, model))
         if targets is None and getattr(config, "target_parameters", None):
             return []
         if targets is None:
-            sites = {path: site for path, site in _sites(cells).items() if site.kind in method.patches}
+            sites = {path: site for path, site in _sites(cells, model).items() if site.kind in method.patches}
             raise ConfigError(
                 f"Please specify `target_modules` in `peft_config`: no default is known for {type(model).__name__} "
                 f"(model_type={model_type!r}). Its layers that {method.name} can adapt: {_summary(sites)}."
@@ -66,9 +66,15 @@ def resolve_targets(
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)
         heads = CLASSIFIER_NAMES if head is None and config.task_type == "SEQ_CLS" else ()
-        dense = [path for path, site in _sites(cells).items() if site.kind == "dense"]
+        dense = [path for path, site in _sites(cells, model).items() if site.kind == "dense"]
         return [path for path in dense if cells[path] is not head and path not in heads]
     return targets
+
+
+def is_bypassed(path: str, cells: Mapping[str, nn.Cell], model: nn.Cell) -> bool:
+    """Whether the Cell around a layer reads its weight and never calls it: a wrapper there would do nothing."""
+    outer = path.rpartition(".")[0]
+    return isinstance(cells.get(outer) if outer else model, nn.MultiheadAttention)
 
 
 def match_targets(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> list[str]:
@@ -163,8 +169,8 @@ def _no_match(config: TargetedConfig, cells: Mapping[str, nn.Cell]) -> str:
     return text + "Please check the target modules and try again, or pass 'all-linear'."
 
 
-def _sites(cells: Mapping[str, nn.Cell]) -> dict[str, Site]:
-    found = {path: site_of(cell, path) for path, cell in cells.items()}
+def _sites(cells: Mapping[str, nn.Cell], model: nn.Cell) -> dict[str, Site]:
+    found = {path: site_of(cell, path) for path, cell in cells.items() if not is_bypassed(path, cells, model)}
     return {path: site for path, site in found.items() if site is not None}
 
 

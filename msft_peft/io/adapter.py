@@ -58,7 +58,12 @@ def unpacked(tensors: "Tensors", config: PeftConfig) -> "Tensors":
         LoadError: it cannot be brought into that.
     """
     unpack = method_of(config).unpack
-    return tensors if unpack is None else replace(tensors, arrays=unpack(config, tensors.arrays))
+    if unpack is None:
+        return tensors
+    try:
+        return replace(tensors, arrays=unpack(config, tensors.arrays))
+    except LoadError as error:
+        raise LoadError(f"{tensors.origin}: {error}") from error
 
 
 def save_tensors(

@@ -56,7 +56,8 @@ def get_peft_model_state_dict(
         entries = adapter.entries(base) | beside
     else:
         entries = entries_from(state_dict, adapter, base, prefix)[1] | taken_from(state_dict, beside, prefix)
-    return {key: Tensor(array.copy()) for key, array in packed(entries, prefix, adapter.config).items()}
+    with inject.unmerged(base, (named.parameter for named in entries.values())):
+        return {key: Tensor(array.copy()) for key, array in packed(entries, prefix, adapter.config).items()}
 
 
 def set_peft_model_state_dict(

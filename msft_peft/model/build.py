@@ -6,7 +6,7 @@ import warnings
 from mindspore import nn
 
 from msft_peft.config import PeftConfig
-from msft_peft.core.inject import configs_of
+from msft_peft.core.inject import say_the_second_time
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import as_cell, model_config
 from msft_peft.model.mixed import PeftMixedModel
@@ -46,13 +46,7 @@ def get_peft_model(
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"The input config must be a PeftConfig, got {type(peft_config)}")
     model = as_cell(model)
-    if configs_of(model):
-        warnings.warn(
-            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            "different config, make sure to call `.unload()` before.",
-            PeftWarning,
-            stacklevel=2,
-        )
+    say_the_second_time(model)
     config = copy.deepcopy(peft_config)
     settings = model_config(model)
     name = settings.get("_name_or_path") or settings.get("name_or_path") or getattr(model, "name_or_path", None)

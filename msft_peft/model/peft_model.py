@@ -463,8 +463,12 @@ class PeftModel(Prompted):
         return plan
 
     def _write_files(self, folder: Path, plan: Mapping[str, "_Files"]) -> None:
+        base = self.get_base_model()
         for name, files in plan.items():
-            with replacing_all(folder / ("" if name == ROOT_ADAPTER else name)) as scratch:
+            target = folder / ("" if name == ROOT_ADAPTER else name)
+            # Biases and embeddings of the base model may be among them.
+            own = [named.parameter for named in files.entries.values()]
+            with inject.unmerged(base, own), replacing_all(target) as scratch:
                 save_tensors(scratch, name, files.entries, files.adapter.prefix, files.config)
                 save_prompt_encoder(scratch, files.adapter, files.keeps_encoder)
                 files.config.save_pretrained(scratch)
@@ -490,10 +494,12 @@ class PeftModel(Prompted):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> "PeftModel":
         """A base model with an adapter from a directory or Hub repository.
@@ -507,11 +513,12 @@ class PeftModel(Prompted):
             is_trainable: go on training it; otherwise it is frozen and the model set to evaluation.
             config: used instead of the file's.
             autocast_adapter_dtype: see `PeftModel`.
+            ephemeral_gpu_offload: HF's, for layers on another device; must be False.
             low_cpu_mem_usage: draw no random weights before loading; whatever the file lacks is then an error.
-            strict: a missing or unexpected tensor is an error; otherwise a warning.
-            ignore_mismatched_sizes: warn of tensors of other shapes and leave them fresh; otherwise an error.
             key_mapping: regex -> replacement, for files with other names: tried in turn on each key without its
                 `base_model.model.`; the first that is found is applied.
+            strict: a missing or unexpected tensor is an error; otherwise a warning.
+            ignore_mismatched_sizes: warn of tensors of other shapes and leave them fresh; otherwise an error.
             hub: `subfolder`, and `revision`, `token`, `cache_dir`, ... for `huggingface_hub`.
 
         Raises:
@@ -524,11 +531,13 @@ class PeftModel(Prompted):
 
         Differs: HF warns of missing tensors, is silent about unexpected ones, and returns a model all the same.
         """
+        _refuse_offload(ephemeral_gpu_offload)
         config = _config_for(model_id, config, is_trainable, hub)
         cls = cls._for_task(config)
         self = cls.__new__(cls)
         nn.Cell.__init__(self)
         model = as_cell(model)
+        inject.say_the_second_time(model)
         tensors = unpacked(read_tensors(model_id, key_mapping=key_mapping, **hub), config)
         config = with_copies_in(tensors, config, model)
         # What stands before the input comes from the file or is an error.
@@ -549,18 +558,23 @@ class PeftModel(Prompted):
         model_id: str | os.PathLike,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> LoadReport:
         """Add an adapter from files, inactive; or, if the name is taken, put it in that adapter's place.
 
         An adapter whose config differs from the file's is replaced whole; otherwise its weights are overwritten.
+        Unless it is to be trained, the whole model is set to evaluation.
 
-        Args and errors: as `from_pretrained`; a config of another method is a ConfigError.
+        Args and errors: as `from_pretrained`; a config of another method is a ConfigError. `torch_device` is HF's:
+        MindSpore moves tensors to its device by itself.
 
         Returns:
             What was loaded, with HF's `missing_keys` and `unexpected_keys`; also kept as `load_report`.
@@ -568,6 +582,7 @@ class PeftModel(Prompted):
         Differs: HF returns the keys that did not fit and says nothing; here they are an error, or with strict=False a
         warning. HF keeps the old adapter's scaling when it overwrites the weights.
         """
+        _refuse_offload(ephemeral_gpu_offload)
         config = _config_for(model_id, None, is_trainable, hub)
         self._check_method(config)
         base, tensors = self.get_base_model(), read_tensors(model_id, key_mapping=key_mapping, **hub)
@@ -591,6 +606,8 @@ class PeftModel(Prompted):
             inject.settle(self)
         self.load_report = fitted.apply(adapter, base)
         self._switches.set_requires_grad(adapter_name, is_trainable)
+        if not is_trainable:
+            self.set_train(False)
         return self.load_report
 
     # ------------------------------------------------------------------------------------------------------------
@@ -647,6 +664,13 @@ def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if found is None:
         raise ValueError("the model was given no tensor, so no rows to be divided among adapters")
     return found
+
+
+def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload:
+        raise NotImplementedError(
+            "ephemeral_gpu_offload=True is for layers on another device, and a MindSpore process has one: leave it out"
+        )
 
 
 def _config_for(

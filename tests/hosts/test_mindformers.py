@@ -17,10 +17,16 @@ from mindspore import Tensor, nn, ops
 
 from msft_peft import (
     AutoPeftModelForCausalLM,
+    BitFitConfig,
+    BOFTConfig,
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
+    RoadConfig,
+    ShiraConfig,
     from_pet_config,
     get_peft_model,
     get_peft_model_state_dict,
@@ -309,32 +315,33 @@ def test_strategies_are_inherited(semi_auto: None, transpose_b: bool):
     assert op(Tensor(np.ones((2, 6), np.float32)), Tensor(np.ones((8, 6), np.float32))).dtype == ms.float32
 
 
+class Paired(nn.Cell):
+    """One layer that returns a pair, in a Cell that adds what is left to it."""
+
+    def __init__(self, kind: type, skip_bias_add: bool) -> None:
+        super().__init__()
+        sizes = TransformerConfig(
+            num_layers=1, num_attention_heads=2, hidden_size=6, params_dtype="float32", compute_dtype="float32"
+        )
+
+        def init(shape: tuple[int, ...]) -> Tensor:
+            return Tensor(drawn("init", tuple(shape)))
+
+        self.layer = kind(6, 8, config=sizes, init_method=init, bias=True, bias_init=init, skip_bias_add=skip_bias_add)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y, bias = self.layer(x)
+        return y if bias is None else ops.add(y, bias)
+
+
 @pytest.mark.graph
 @pytest.mark.parametrize("skip_bias_add", [True, False])
 @pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
 def test_layers_that_return_pairs(kind: type, skip_bias_add: bool):
     """The newer models' layers, which run in graph mode alone; some leave the bias to their caller."""
     ms.set_context(mode=ms.GRAPH_MODE)
-    sizes = TransformerConfig(
-        num_layers=1, num_attention_heads=2, hidden_size=6, params_dtype="float32", compute_dtype="float32"
-    )
-
-    def init(shape: tuple[int, ...]) -> Tensor:
-        return Tensor(drawn("init", tuple(shape)))
-
-    class Net(nn.Cell):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = kind(
-                6, 8, config=sizes, init_method=init, bias=True, bias_init=init, skip_bias_add=skip_bias_add
-            )
-
-        def construct(self, x: Tensor) -> Tensor:
-            y, bias = self.layer(x)
-            return y if bias is None else ops.add(y, bias)
-
     x = Tensor(drawn("x", (3, 2, 6)))
-    net = Net()
+    net = Paired(kind, skip_bias_add)
     plain = array(net(x))
     w, b = array(net.layer.weight), array(net.layer.bias)
     assert_same(plain, array(x) @ w.T + b, "merge")
@@ -351,6 +358,37 @@ def test_layers_that_return_pairs(kind: type, skip_bias_add: bool):
     assert differ(down, np.zeros_like(array(down)))
     with model.disable_adapter():
         assert_same(model(x), plain)
+    model.merge_adapter()
+    assert_same(model(x), adapted, "merge")
+
+
+CHANGE_THE_BIAS = [
+    BOFTConfig(boft_block_size=2),
+    IA3Config(feedforward_modules=[]),
+    LNTuningConfig(),
+    RoadConfig(group_size=2),
+    ShiraConfig(r=1),
+    LoraConfig(use_dora=True),
+    BitFitConfig(),
+]
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("config", CHANGE_THE_BIAS, ids=lambda config: config.peft_type)
+def test_a_bias_that_is_left_to_the_caller_is_changed_too(config: PeftConfig):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    net = Paired(ColumnParallelLinear, skip_bias_add=True)
+    x = Tensor(drawn("x", (3, 2, 6)))
+    plain = array(net(x))
+    config.target_modules = ["layer"]
+    model = get_peft_model(net, config)
+    assert_same(model(x), plain, "merge")
+    for p in model.trainable_params():
+        p.copy_(Tensor(array(p) + 0.3 * drawn(p.name, tuple(p.shape))))
+    adapted = array(model(x))
+    assert differ(adapted, plain)
+    with model.disable_adapter():
+        assert_same(model(x), plain, "merge")
     model.merge_adapter()
     assert_same(model(x), adapted, "merge")
 

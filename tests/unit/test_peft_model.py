@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from mindspore import nn
+from mindspore import Tensor, nn, ops
 
 import msft_peft
-from msft_peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from msft_peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from msft_peft.backend.arrays import write
 from msft_peft.backend.files import replacing, write_text
 from msft_peft.backend.hub import fetch
 from msft_peft.core import inject
 from msft_peft.core.layer import wrappers
+from msft_peft.errors import ConfigError
 from tests import nets
 from tests.cases import layers_of, output, shake, state_of, weights_of
-from tests.tolerances import assert_same
+from tests.tolerances import array, assert_same, differ
 
 Q = {"r": 2, "target_modules": ["q"]}
 
@@ -353,3 +356,82 @@ def test_adding_looks_through_the_model_no_oftener_when_there_are_many(monkeypat
         counts.append(len(walks))
     assert counts[1:] == counts[:1] * 5
     assert counts[0] > 0
+
+
+class HandTied(nn.Cell):
+    """Its head reads the table that another layer has, and its own scale comes from a norm's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.norm = nn.Embedding(10, 4, embedding_table="normal"), nn.LayerNorm((4,), epsilon=1e-5)
+
+    def construct(self, x: Tensor) -> Tensor:
+        h = self.norm(self.emb(x)) * self.norm.gamma
+        return ops.matmul(h, ops.transpose(self.emb.embedding_table, (1, 0)))
+
+
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=["emb"]), LNTuningConfig(target_modules=["norm"])])
+def test_a_model_may_read_the_attributes_of_an_adapted_layer(config: PeftConfig, mode: str):
+    ms.set_seed(5)
+    net = HandTied()
+    x = Tensor(np.array([[1, 2]], np.int32))
+    wanted = output(net, x)
+    model = get_peft_model(net, config)
+    assert_same(model(x), wanted)
+    layer = layers_of(model)[0]
+    write(layer.weight, 2 * array(layer.weight))  # and sees what is written there, also in compiled code
+    assert_same(model(x), output(model, x))
+    assert differ(model(x), wanted)
+    with pytest.raises(AttributeError, match="nowhere"):
+        layer.nowhere  # noqa: B018
+
+
+def test_a_layer_that_is_read_and_never_called_is_refused():
+    net = nn.TransformerEncoderLayer(8, 2, 16)
+    before = state_of(net)
+    with pytest.raises(ConfigError, match=r"nn\.MultiheadAttention reads the weight of this layer and never calls it"):
+        get_peft_model(net, LoraConfig(target_modules=["out_proj", "dense1"]))
+    with pytest.raises(ConfigError, match="reads the weight of this layer"):
+        get_peft_model(nn.MultiheadAttention(8, 2), LoraConfig(target_modules=["out_proj"]))
+    assert state_of(net) == before
+    model = get_peft_model(net, LoraConfig(target_modules="all-linear"))
+    assert [layer.site.path for layer in layers_of(model)] == ["dense1", "dense2"]
+
+
+CALLS_ON_A_PEFT_MODEL = {
+    "get_peft_model": lambda model, folder: get_peft_model(model, LoraConfig(**Q), "x"),
+    "inject": lambda model, folder: inject.inject_adapter_in_model(LoraConfig(**Q), model, "x"),
+    "from_pretrained": lambda model, folder: PeftModel.from_pretrained(model, folder, "x"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS_ON_A_PEFT_MODEL)
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_a_peft_model_is_no_base_model(name: str, tmp_path: Path):
+    model = get_peft_model(nets.Blocks(), LoraConfig(**Q))
+    model.save_pretrained(tmp_path)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match="The model is a PeftModel already"):
+        CALLS_ON_A_PEFT_MODEL[name](model, tmp_path)
+    assert state_of(model) == before
+
+
+def test_loading_over_a_model_that_has_adapters_says_so(tmp_path: Path):
+    net = nets.Blocks()
+    get_peft_model(net, LoraConfig(**Q)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
+        PeftModel.from_pretrained(net, tmp_path)
+
+
+def test_hfs_order_of_arguments(tmp_path: Path):
+    model = get_peft_model(nets.Blocks(), LoraConfig(**Q)).set_train()
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "two", True, "cpu", False, False, True)
+    assert model.training
+    model.load_adapter(tmp_path, "three", torch_device="cpu")
+    assert not any(cell.training for _, cell in model.cells_and_names())
+    PeftModel.from_pretrained(nets.Blocks(), tmp_path, "default", True, None, True, False, True)
+    loads = (partial(model.load_adapter, adapter_name="four"), partial(PeftModel.from_pretrained, nets.Blocks()))
+    for load in loads:
+        with pytest.raises(NotImplementedError, match="ephemeral_gpu_offload=True"):
+            load(model_id=tmp_path, ephemeral_gpu_offload=True)
