@@ -13,13 +13,20 @@ import numpy as np
 from mindspore import Tensor
 
 from msft_peft.backend.arrays import to_numpy
-from msft_peft.backend.files import replacing
+from msft_peft.backend.files import replacing, replacing_all
 from msft_peft.config import PeftConfig
 from msft_peft.core.keys import PREFIX
 from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
 from msft_peft.hosts.name_maps import NameMap, name_map
-from msft_peft.io.adapter import SAFETENSORS_NAME, read_arrays, read_tensors, write_arrays
+from msft_peft.io.adapter import (
+    CKPT_NAME,
+    PROMPT_ENCODER_NAME,
+    SAFETENSORS_NAME,
+    read_arrays,
+    read_tensors,
+    write_arrays,
+)
 from msft_peft.io.card import About, write_card
 from msft_peft.io.factors import Arrays, filled, joined_output, rescaled, split_output
 from msft_peft.io.mindpet_prefix import PROMPT, has_prefix, prefix_to_hf, prefix_to_mindpet
@@ -54,7 +61,8 @@ def mindpet_to_peft(
 
     Args:
         source: a `.ckpt` or `.safetensors` file, or its tensors by name.
-        save_directory: where to; made if it is not there.
+        save_directory: where to; made if it is not there. The files of an adapter that is there are replaced all at
+            once, or none of them.
         config: what the tensors do not tell: a `pet_config` or run configuration (as `from_pet_config` takes it), or a
             config of ours. Prefixes need one with the model's sizes.
         lora_alpha: in the place of a config.
@@ -85,8 +93,12 @@ def mindpet_to_peft(
         found, fields_ = _layers(arrays, given, names, modules_to_save, qkv_sizes)
     made = PeftConfig.from_dict(fields_, origin="the checkpoint and its config")
     directory = Path(save_directory)
-    write_arrays(_made(directory) / SAFETENSORS_NAME, {PREFIX * (key != PROMPT) + key: a for key, a in found.items()})
-    made.save_pretrained(directory)
+    keyed = {PREFIX * (key != PROMPT) + key: array for key, array in found.items()}
+    with replacing_all(directory) as scratch:
+        write_arrays(scratch / SAFETENSORS_NAME, keyed)
+        made.save_pretrained(scratch)
+        for gone in (CKPT_NAME, PROMPT_ENCODER_NAME):  # of an adapter that was here before
+            (scratch / gone).touch()
     size = sum(array.size for array in found.values())
     write_card(directory, About(made, made.base_model_name_or_path, size))
     return made
@@ -384,13 +396,6 @@ def _number(value: float) -> float:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _made(directory: Path) -> Path:
-    if directory.is_file():
-        raise NotADirectoryError(f"Provided path ({directory}) should be a directory, not a file")
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 def _read(source: Any) -> Arrays:

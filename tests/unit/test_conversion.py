@@ -281,6 +281,25 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+def test_an_adapter_that_is_there_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = full(nets.Dense(), "lin0", "lin1")
+    save_as_lora(tmp_path, model, 2)
+    (tmp_path / "prompt_encoder.safetensors").write_bytes(b"of an older adapter")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def no_space(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("msft_peft.config.write_text", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            save_as_lora(tmp_path, model, 4)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_as_lora(tmp_path, model, 4)
+    assert {path.name for path in tmp_path.iterdir()} == before.keys() - {"prompt_encoder.safetensors"}
+    assert PeftModel.from_pretrained(nets.Dense(), tmp_path).peft_config["default"].r == 4
+
+
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls(name: str, tmp_path: Path):
     arguments, error, says = BAD_CALLS[name]

@@ -340,6 +340,30 @@ def test_refusals(change: dict, arguments: dict, kind: type, text: str, tmp_path
     assert not (tmp_path / "hf").exists()
 
 
+def test_an_adapter_that_is_there_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = factors(np.random.default_rng(0), "layer", 8)
+    get_peft_model(Net(nn.Dense(6, 8)), LoraConfig(target_modules=["layer"])).save_pretrained(tmp_path)
+    (tmp_path / "prompt_encoder.safetensors").write_bytes(b"of an older adapter")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def no_space(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("msft_peft.config.write_text", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            mindpet_to_peft(given, tmp_path, lora_alpha=4)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    mindpet_to_peft(given, tmp_path, lora_alpha=4)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    loaded = PeftModel.from_pretrained(Net(nn.Dense(6, 8)), tmp_path)
+    assert_same(layers_of(loaded)[0].lora_A["default"].weight, given["layer.mindpet_delta_lora_a"])
+
+
 def test_weights_of_the_base_model_are_left_out_and_said(tmp_path: Path):
     given = factors(np.random.default_rng(0), "l", 4) | {"l.weight": np.ones((4, 6), "f4")}
     with pytest.warns(PeftWarning, match=r"1 other tensors of the checkpoint are left out, \['l.weight'\]"):

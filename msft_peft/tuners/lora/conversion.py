@@ -13,13 +13,14 @@ from mindspore import Tensor, nn
 from tqdm import tqdm
 
 from msft_peft.backend.arrays import as_float32, to_numpy, write
+from msft_peft.backend.files import replacing_all
 from msft_peft.backend.tree import Named
 from msft_peft.config import PeftConfig, TargetedConfig
 from msft_peft.core import inject
 from msft_peft.core.layer import TunerLayer, wrappers
 from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, PeftWarning
-from msft_peft.io.adapter import PREFIX, save_tensors
+from msft_peft.io.adapter import PREFIX, save_prompt_encoder, save_tensors
 from msft_peft.tuners.lora.combine import truncated_svd
 from msft_peft.tuners.lora.config import LoraConfig
 from msft_peft.tuners.lora.exact import prepare_exactly
@@ -77,6 +78,8 @@ def save_as_lora(
 ) -> None:
     """Write what `convert_to_lora` makes into a folder, as a LoRA adapter that HF peft opens too.
 
+    Its files take the place of an adapter's that is there all at once, or not at all.
+
     Args:
         path: the folder; made if it is not there.
         model, rank, adapter_name, progressbar, compile_kwargs: see `convert_to_lora`.
@@ -87,8 +90,10 @@ def save_as_lora(
     if Path(path).is_file():
         raise NotADirectoryError(f"Provided path ({path}) should be a directory, not a file")
     adapter = _converted(model, rank, adapter_name, progressbar, compile_kwargs)
-    save_tensors(Path(path), adapter.name, _entries(adapter, model))
-    adapter.config.save_pretrained(path)
+    with replacing_all(Path(path)) as scratch:
+        save_tensors(scratch, adapter.name, _entries(adapter, model))
+        save_prompt_encoder(scratch, adapter, wanted=False)
+        adapter.config.save_pretrained(scratch)
 
 
 def _entries(adapter: inject.Adapter, model: nn.Cell) -> dict[str, Named]:
