@@ -12,26 +12,27 @@ from mindspore import Tensor, nn
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core.layer import outer_cells, site_of
+from msft_peft.core.naming import named_as_in_hf, translate
 from msft_peft.core.targets import match_targets, resolve_targets
 from msft_peft.errors import ConfigError
-from msft_peft.hosts import Site
+from msft_peft.hosts import Site, hf_names
 from msft_peft.registry import method_of
 from msft_peft.tuners.lora.config import LoraConfig
 
 
 def dense_targets(model: nn.Cell, config: LoraConfig) -> dict[str, Site]:
-    """The linear layers of `model` that the config means, by path.
+    """The linear layers of `model` that the config means, by HF's names of them.
 
     Raises:
         ConfigError: there are none. NoMatchingPeftModuleError: the targets match nothing.
     """
-    cells = outer_cells(model)
-    targets = resolve_targets(config, method_of(config), model, cells)
-    config = copy.copy(config)
-    config.target_modules = targets
-    chosen = match_targets(config, cells)
-    sites = {path: site_of(cells[path], path) for path in chosen}
-    found = {path: site for path, site in sites.items() if site is not None and site.kind == "dense"}
+    cells, config = outer_cells(model), copy.copy(config)
+    places = named_as_in_hf(cells, hf_names(model))
+    seen = {name: cells[path] for name, path in places.items()}
+    translate(config, places)
+    config.target_modules = resolve_targets(config, method_of(config), model, seen)
+    sites = {name: site_of(seen[name], name) for name in match_targets(config, seen)}
+    found = {name: site for name, site in sites.items() if site is not None and site.kind == "dense"}
     if not found:
         raise ConfigError(
             f"No linear layer is among target_modules={config.target_modules!r}, and only such are used."

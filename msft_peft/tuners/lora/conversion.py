@@ -20,6 +20,7 @@ from msft_peft.core import inject
 from msft_peft.core.layer import TunerLayer, wrappers
 from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, PeftWarning
+from msft_peft.hosts import hf_names
 from msft_peft.io.adapter import PREFIX, save_prompt_encoder, save_tensors
 from msft_peft.tuners.lora.combine import truncated_svd
 from msft_peft.tuners.lora.config import LoraConfig
@@ -120,8 +121,10 @@ def _converted(
         path: _factors(path, _delta(layer, name), rank)
         for path, layer in tqdm(layers.items(), desc="Converting", disable=not progressbar)
     }
-    ranks = {path: len(a) for path, (a, _) in factors.items()}
-    adapter = prepare_exactly(base, _config(source.config, rank, ranks), name, set(ranks))
+    # A config speaks HF's names.
+    hf_name = hf_names(base)
+    ranks = {hf_name(path): len(a) for path, (a, _) in factors.items()}
+    adapter = prepare_exactly(base, _config(source.config, rank, ranks), name, set(factors))
     for path, patch in adapter.patches.items():
         for attribute, value in zip(patch.keys, factors[path], strict=True):
             p = getattr(patch, attribute)
@@ -206,7 +209,7 @@ def _factors(path: str, delta: np.ndarray, rank: float) -> tuple[np.ndarray, np.
 
 
 def _config(source: PeftConfig, rank: float, ranks: Mapping[str, int]) -> LoraConfig:
-    """A config of scaling 1 for these layers' ranks, with the source's targets."""
+    """A config of scaling 1 for these layers' ranks, by HF's names, with the source's targets."""
     shared = {f.name: getattr(source, f.name) for f in fields(TargetedConfig) if f.name != "peft_type"}
     shared["layer_replication"] = getattr(source, "layer_replication", None)
     if isinstance(rank, int):

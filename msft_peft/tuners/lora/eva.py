@@ -214,7 +214,7 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """The components that `initialize_lora_eva_weights` starts A with: layer path -> (rank, in).
+    """The components that `initialize_lora_eva_weights` starts A with: HF's name of a layer -> (rank, in).
 
     The model runs in PyNative, evaluation mode and with its adapters off; all is restored. Batches are taken, again
     from the start if need be, until the components of every layer have settled (see `EvaConfig.tau`).
@@ -320,7 +320,7 @@ def initialize_lora_eva_weights(
     _check_fit(parts, old)
     in_half = any(p.dtype in HALF_DTYPES for p in _weights(old))
     new = inject.prepare(base, _with_ranks(config, parts, old), adapter_name, autocast=not in_half)
-    for path, patch in new.patches.items():
+    for path, patch in _layers(new).items():
         if path in parts:
             write(patch.lora_A, Tensor(parts[path], patch.lora_A.dtype))
     active, trainable = tuner.active_adapters, any(p.requires_grad for p in _weights(old))
@@ -347,8 +347,8 @@ def _settled(model: nn.Cell, config: LoraConfig | None, adapter_name: str) -> tu
 
 
 def _layers(adapter: inject.Adapter) -> dict[str, Patch]:
-    """The Patches at its target layers: what else it has (trainable tokens) is no affair of EVA's."""
-    return {path: adapter.patches[path] for path in adapter.targets}
+    """The Patches at its target layers, by HF's names; what else it has (trainable tokens) is no affair of EVA's."""
+    return {adapter.patches[path].site.path: adapter.patches[path] for path in adapter.targets}
 
 
 def _weights(adapter: inject.Adapter) -> list[Any]:
@@ -394,7 +394,8 @@ def _with_ranks(config: LoraConfig, parts: Mapping[str, np.ndarray], adapter: in
         rank = len(parts[path]) if path in parts else patch.r
         if rank and rank != patch.r:
             # A pattern may also be the end of a path: say so where another layer's path ends with this one.
-            key = f"^{re.escape(path)}$" if any(p.endswith(f".{path}") for p in adapter.patches) else path
+            ambiguous = any(p.site.path.endswith(f".{path}") for p in adapter.patches.values())
+            key = f"^{re.escape(path)}$" if ambiguous else path
             ranks[key] = rank
             if config.eva_config.adjust_scaling_factors:
                 alphas[key] = patch.lora_alpha * rank / patch.r  # with use_rslora too, as in HF

@@ -9,6 +9,7 @@ from mindspore import nn
 
 from msft_peft.config import TargetedConfig
 from msft_peft.core import inject
+from msft_peft.hosts import hf_names
 
 
 def prepare_exactly(model: nn.Cell, config: TargetedConfig, name: str, paths: Set[str]) -> inject.Adapter:
@@ -26,7 +27,7 @@ def prepare_exactly(model: nn.Cell, config: TargetedConfig, name: str, paths: Se
             return adapter
         exact = replace(
             config,
-            target_modules="|".join(re.escape(path) for path in sorted(paths)),
+            target_modules="|".join(re.escape(path) for path in sorted(map(hf_names(model), paths))),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,

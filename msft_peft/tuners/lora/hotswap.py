@@ -17,6 +17,7 @@ from msft_peft.core.keys import PREFIX
 from msft_peft.core.layer import TunerLayer, introduce
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import AdapterNameError, ConfigError, LoadError, MergeError
+from msft_peft.hosts import hf_names
 from msft_peft.io.adapter import Tensors, read_tensors
 from msft_peft.io.load import as_arrays, by_key
 from msft_peft.tuners.lora.config import LoraConfig
@@ -184,13 +185,13 @@ def _swap(model: nn.Cell, tensors: Tensors, name: str, config: PeftConfig) -> No
     _check_tensors(tensors, adapter, base, config, arrays)
     switch.unmerge_first(base, f"Adapter {name} cannot be replaced when the model is merged.")
     stale = False
-    for patch in _patches(adapter).values():
+    for patch in _patches(adapter, base).values():
         patch.r, patch.lora_alpha, patch.scale.initial = patch.settings(config)
         stale |= patch.scale.set(patch.scale.initial)
     for key, named in adapter.entries(base).items():
         array = arrays.get(PREFIX + key)
         named.write(np.zeros(named.shape, np.float32) if array is None else array)
-    for path, patch in _patches(adapter).items():
+    for path, patch in _patches(adapter, base).items():
         magnitude = f"{PREFIX}{path}.lora_magnitude_vector"
         if isinstance(patch, DoraPatch) and magnitude not in arrays:
             # The magnitude of a layer without an update is the base weight's own.
@@ -202,8 +203,10 @@ def _swap(model: nn.Cell, tensors: Tensors, name: str, config: PeftConfig) -> No
         drop_compiled()
 
 
-def _patches(adapter: Adapter) -> dict[str, LoraPatch]:
-    return {path: patch for path, patch in adapter.patches.items() if isinstance(patch, LoraPatch)}
+def _patches(adapter: Adapter, base: nn.Cell) -> dict[str, LoraPatch]:
+    """Its Patches by HF's names of their layers, as in keys."""
+    hf_name = hf_names(base)
+    return {hf_name(path): patch for path, patch in adapter.patches.items() if isinstance(patch, LoraPatch)}
 
 
 def _check_formula(adapter: Adapter, config: LoraConfig, base: nn.Cell) -> None:
@@ -228,7 +231,7 @@ def _check_tensors(
     """Raise LoadError, with all faults, if the tensors do not fit into the adapter's place."""
     wanted: dict[str, tuple[int, ...]] = {}
     faults = []
-    for path, patch in _patches(adapter).items():
+    for path, patch in _patches(adapter, base).items():
         rank, _, _ = patch.settings(config)
         if rank > patch.room or rank % patch.site.groups:
             faults.append(

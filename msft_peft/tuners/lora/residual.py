@@ -66,14 +66,17 @@ def as_plain_lora(
         )
     below = Path(initial) / adapter.name
     started = read_tensors(below if below.is_dir() else initial)
-    changed = {f"{path}{suffix}" for path, patch in adapter.patches.items() if patch.residual for suffix in (_A, _B)}
+    # A Site's own path is HF's, as those in the keys are.
+    changed = {patch.site.path + suffix for patch in adapter.patches.values() if patch.residual for suffix in (_A, _B)}
     found = _initial_factors(started, {key: entries[key].shape for key in changed}, adapter.name)
     twice = {}
-    for key in (path + suffix for path in adapter.patches for suffix in _AXES if path + suffix in entries):
+    for key in entries:
+        suffix = next((suffix for suffix in _AXES if key.endswith(suffix)), None)
+        if suffix is None:
+            continue
         now = as_float32(entries[key].read())
         # A layer that left its base alone (an embedding) has nothing to give back, but shares the rank.
         before = found.get(key, np.zeros_like(now))
-        suffix = next(suffix for suffix in _AXES if key.endswith(suffix))
         both = np.concatenate([now, -before if suffix == _B else before], _AXES[suffix])
         p = Parameter(Tensor(both, entries[key].parameter.dtype), name=entries[key].parameter.name)
         twice[key] = entries[key]._replace(parameter=p, shape=both.shape, blocks=1)
