@@ -350,11 +350,17 @@ def test_63_tensors_that_do_not_fit_change_nothing():
     bad = {
         "unexpected keys found: stray": state | {"stray": np.zeros(1)},
         "size mismatch for": state | {key: np.zeros((2, 2), np.float32)},
+        "none of the 0 tensors is a weight of the adapter": {},
+        f"lin0 has some of its weights, but not {key}": {k: value for k, value in state.items() if k != key},
     }
     for text, tensors in bad.items():
         with pytest.raises(RuntimeError, match=f"Hot swapping the adapter did not succeed, {text}"):
             hotswap_adapter_from_state_dict(model, tensors, "default", config)
         assert state_of(model) == before
+    dora = adapter("dense", 4, 8, use_dora=True)
+    no_magnitude = {k: v for k, v in get_peft_model_state_dict(dora).items() if "lin1.lora_magnitude" not in k}
+    with pytest.raises(RuntimeError, match=r"lin1 has some of its weights, but not .*lin1.lora_magnitude_vector"):
+        hotswap_adapter_from_state_dict(dora, no_magnitude, "default", dora.peft_config["default"])
     with pytest.raises(RuntimeError, match=r"lin0 needs rank 6, but .* has room for 4: call prepare_model_for_comp"):
         swap(model, adapter("dense", 6, 8))
     with pytest.raises(ValueError, match="Adapter nope not found"):

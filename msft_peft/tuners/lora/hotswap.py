@@ -64,7 +64,8 @@ def hotswap_adapter(
     Raises:
         ValueError: incompatible configs, see `check_hotswap_configs_compatible`; or no such adapter in the model.
         LoadError: a RuntimeError: tensors for layers that the adapter in the model does not have, or of a rank for
-            which it has no room. Nothing was changed.
+            which it has no room; layers with some of their weights and not all; or no weight at all. Nothing was
+            changed.
         FileNotFoundError: no weights file.
     """
     files = {key: value for key, value in kwargs.items() if key != "key_mapping"}
@@ -188,9 +189,14 @@ def _swap(model: nn.Cell, tensors: Tensors, name: str, config: PeftConfig) -> No
     for patch in _patches(adapter, base).values():
         patch.r, patch.lora_alpha, patch.scale.initial = patch.settings(config)
         stale |= patch.scale.set(patch.scale.initial)
-    for key, named in adapter.entries(base).items():
-        array = arrays.get(PREFIX + key)
-        named.write(np.zeros(named.shape, np.float32) if array is None else array)
+    entries = {PREFIX + key: named for key, named in adapter.entries(base).items()}
+    # A tied weight has several keys, of which one is enough.
+    given = {id(entries[key].parameter) for key in entries.keys() & arrays.keys()}
+    for key, named in entries.items():
+        if key in arrays:
+            named.write(arrays[key])
+        elif id(named.parameter) not in given:
+            named.write(np.zeros(named.shape, np.float32))
     for path, patch in _patches(adapter, base).items():
         magnitude = f"{PREFIX}{path}.lora_magnitude_vector"
         if isinstance(patch, DoraPatch) and magnitude not in arrays:
@@ -230,6 +236,7 @@ def _check_tensors(
 ) -> None:
     """Raise LoadError, with all faults, if the tensors do not fit into the adapter's place."""
     wanted: dict[str, tuple[int, ...]] = {}
+    own = {PREFIX + key: named.shape for key, named in adapter.entries(base).items()}
     faults = []
     for path, patch in _patches(adapter, base).items():
         rank, _, _ = patch.settings(config)
@@ -238,8 +245,14 @@ def _check_tensors(
                 f"{path} needs rank {rank}, but the adapter in the model has room for {patch.room}: call "
                 f"prepare_model_for_compiled_hotswap(model, target_rank={rank}) first"
             )
-        wanted |= {f"{PREFIX}{path}.{key}": patch.shape_at(attribute, rank) for attribute, key in patch.keys.items()}
-    whole = {PREFIX + key: named.shape for key, named in adapter.entries(base).items() if PREFIX + key not in wanted}
+        here = {f"{PREFIX}{path}.{key}": patch.shape_at(attribute, rank) for attribute, key in patch.keys.items()}
+        absent = sorted((here.keys() & own.keys()) - arrays.keys())
+        if absent and arrays.keys() & here.keys():
+            faults.append(f"{path} has some of its weights, but not {', '.join(absent)}")
+        wanted |= here
+    if not arrays.keys() & own.keys():
+        faults.append(f"none of the {len(arrays)} tensors is a weight of the adapter in the model")
+    whole = {key: shape for key, shape in own.items() if key not in wanted}
     extra = sorted(arrays.keys() - wanted.keys() - whole.keys())
     if extra:
         faults.append(f"unexpected keys found: {', '.join(extra)}")
