@@ -1,7 +1,7 @@
 """Surgery on trees of Cells, and the names that parameters bear afterwards."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,18 @@ def inherit_mode(new: nn.Cell, old: nn.Cell) -> None:
     """Set `new` alone to training or evaluation, as `old` is; `set_train` would reach its children too."""
     new.add_flags(training=old.training)
     new._phase = old._phase
+
+
+def remembered_modes(root: nn.Cell) -> Callable[[], None]:
+    """A function that puts `root` and each cell below it back into the mode, training or evaluation, of now."""
+    before = [(cell, cell.training, cell._phase) for _, cell in root.cells_and_names()]
+
+    def restore() -> None:
+        for cell, training, phase in before:
+            cell.add_flags(training=training)
+            cell._phase = phase
+
+    return restore
 
 
 def refresh_names(root: nn.Cell, prefix: str = "") -> None:

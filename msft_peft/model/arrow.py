@@ -9,6 +9,7 @@ from typing import Any
 
 from mindspore import nn
 
+from msft_peft.backend.tree import remembered_modes
 from msft_peft.config import CONFIG_NAME
 from msft_peft.core import inject
 from msft_peft.core.layer import outer_cells
@@ -40,8 +41,8 @@ def create_arrow_model(
         adapter_kwargs: for `PeftModel.from_pretrained` and `load_adapter`.
 
     Raises:
-        ConfigError: no path, no general one where they are needed, `top_k` above their number, or adapters with other
-            ranks or layers than the first.
+        ConfigError: a model that has adapters already, no path, no general one where they are needed, `top_k` above
+            their number, or adapters with other ranks or layers than the first.
         TypeError: an adapter that is no plain LoRA of dense layers.
         For what can be wrong with a file see `PeftModel.from_pretrained`. The base model is then as it was.
 
@@ -61,7 +62,13 @@ def create_arrow_model(
     names = [*config.task_adapter_names, *config.gks_adapter_names]
     sources = [_source(path) for path in (*tasks, *general)][: len(names)]
     (first, *others) = zip(names, sources, strict=True)
-    trained = [p for p in base_model.get_parameters() if p.requires_grad]
+    held = inject.configs_of(base_model)
+    if held:
+        raise ConfigError(
+            f"create_arrow_model needs a model without adapters, and this one has {sorted(held)}: unload() them, or "
+            "add a router to them with add_adapter(name, LoraConfig(arrow_config=...))."
+        )
+    trained, restore_modes = [p for p in base_model.get_parameters() if p.requires_grad], remembered_modes(base_model)
     model = PeftModel.from_pretrained(base_model, first[1][0], first[0], **first[1][1] | adapter_kwargs)
     try:
         for name, (place, below) in others:
@@ -72,6 +79,7 @@ def create_arrow_model(
         model.unload()
         for p in trained:
             p.requires_grad = True
+        restore_modes()
         raise
     return model
 

@@ -177,11 +177,26 @@ REFUSED = {
 def test_what_is_refused_leaves_the_model_alone(case: tuple, tmp_path: Path):
     settings, count, other, options, kind, text = case
     paths = [*saved(tmp_path, count), *(saved(tmp_path, 1, **other) if other else [])]
-    net = dense()
+    net = dense().set_train(True)
+    net.lin1.set_train(False)
     before = state_of(net)
     with pytest.raises(kind, match=text):
         create_arrow_model(net, paths, ArrowConfig(**settings), **options)
     assert state_of(net) == before
+    assert [cell.training for cell in (net, net.lin0, net.lin1)] == [True, True, False]
+
+
+def test_adapters_that_are_there_already_are_left_alone(tmp_path: Path):
+    paths = saved(tmp_path, 2)
+    mine = get_peft_model(dense(), LoraConfig(target_modules=TARGETS), "mine")
+    shake(weights_of(mine, "mine"))
+    before, expected = state_of(mine), output(mine)
+    for model in (mine, mine.get_base_model()):
+        with pytest.raises(ConfigError, match=r"a model without adapters, and this one has \['mine'\]: unload\(\)"):
+            create_arrow_model(model, paths, ArrowConfig(top_k=1))
+    assert state_of(mine) == before
+    assert_same(output(mine), expected)
+    assert create_arrow_model(mine.unload(), paths, ArrowConfig(top_k=1)).active_adapters == ["arrow_router"]
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 0}, {"top_k": 1.5}, {"router_temperature": 0.0}])

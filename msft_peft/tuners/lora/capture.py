@@ -11,6 +11,7 @@ from mindspore import Tensor, nn
 
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.graphs import drop_compiled
+from msft_peft.backend.tree import remembered_modes
 from msft_peft.core.layer import outer_cells, site_of
 from msft_peft.core.naming import named_as_in_hf, translate
 from msft_peft.core.targets import match_targets, resolve_targets
@@ -75,14 +76,12 @@ def watching(cells: Mapping[str, nn.Cell], see: Callable[[str, Tensor, Tensor], 
 @contextlib.contextmanager
 def evaluating(model: nn.Cell) -> Iterator[None]:
     """Evaluation mode inside the block; each Cell's own mode is restored after it."""
-    before = [(cell, cell.training, cell._phase) for _, cell in model.cells_and_names()]
+    restore = remembered_modes(model)
     model.set_train(False)
     try:
         yield
     finally:
-        for cell, training, phase in before:
-            cell.add_flags(training=training)
-            cell._phase = phase
+        restore()
 
 
 def rows_of(x: Tensor, path: str) -> np.ndarray:
