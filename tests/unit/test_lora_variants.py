@@ -1,5 +1,7 @@
 """KaSA, BD-LoRA, VeLoRA, MonteCLoRA: what the contract and the parity tests cannot say, and what is refused."""
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -385,6 +387,39 @@ def test_the_samples_have_the_spread_of_the_formula():
 def drawn(patch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     a = array(patch.sampled())
     return a, np.diag(array(patch.gaussian_var_prior)), array(patch.expert_weights)
+
+
+def monteclora(dtype: Any) -> PeftModel:
+    ms.set_seed(3)
+    config = LoraConfig(r=2, target_modules=["lin0"], monteclora_config=NOISY | {"use_entropy": True})
+    model = get_peft_model(nets.Dense(dtype), config, autocast_adapter_dtype=False).set_train()
+    shake(model.trainable_params())
+    return model
+
+
+def test_half_precision_trains(mode: str):
+    model = monteclora(ms.float16)
+    penalty = model.base_model.penalty()
+
+    def loss(x: Tensor) -> Tensor:
+        return ops.reduce_mean(ops.square(ops.cast(model(x), ms.float32))) + penalty()
+
+    value, gradients = ms.value_and_grad(loss, None, model.trainable_params())(model.get_base_model().sample())
+    assert np.isfinite(float(value))
+    assert [p.name.split(".")[3] for p in model.trainable_params()].count("lora_monteclora_sampler") == 2
+    assert all(g.dtype == ms.float16 and np.abs(array(g)).max() > 0 for g in gradients)
+
+
+def test_half_precision_draws_in_float32():
+    noise = nets.floats(4, 6, 2, seed=3), ops.square(nets.floats(2, seed=4)), nets.floats(4, seed=5)
+    sampled = []
+    for dtype in (ms.float16, ms.float32):
+        patch = monteclora(dtype).get_base_model().lin0.adapters["default"]
+        patch.__dict__["noise"] = lambda: noise
+        sampled.append(array(patch.sampled()))
+        assert array(patch.expert_weights).sum() == pytest.approx(1, rel=1e-2)
+    assert sampled[0].dtype == np.float16
+    assert_same(sampled[0], sampled[1].astype(np.float16))
 
 
 def test_the_dirichlet_divergence_is_zero_at_the_prior():

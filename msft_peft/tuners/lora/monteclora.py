@@ -80,20 +80,28 @@ class MontecloraPatch(LoraPatch):
         z, chi, normal = self.noise()
         v, w = self.variances(chi), self.shares(normal)
         mean = ops.reshape(ops.matmul(ops.reshape(w, (1, -1)), ops.reshape(z, (w.shape[0], -1))), z.shape[1:])
-        a = ops.add(self.lora_A, self.monte.sample_scaler * ops.transpose(ops.mul(mean, ops.sqrt(v)), (1, 0)))
+        noise = self.monte.sample_scaler * ops.transpose(ops.mul(mean, ops.sqrt(v)), (1, 0))
+        a = ops.add(self.lora_A, ops.cast(noise, self.lora_A.dtype))
         a = ops.depend(a, ops.assign(self.drawn.chi, chi))
         a = ops.depend(a, ops.assign(self.drawn.normal, normal))
-        a = ops.depend(a, ops.assign(self.gaussian_var_prior, ops.stop_gradient(ops.diag(v))))
-        return ops.depend(a, ops.assign(self.expert_weights, ops.stop_gradient(w)))
+        last = ops.cast(ops.stop_gradient(ops.diag(v)), self.gaussian_var_prior.dtype)
+        a = ops.depend(a, ops.assign(self.gaussian_var_prior, last))
+        last = ops.cast(ops.stop_gradient(w), self.expert_weights.dtype)
+        return ops.depend(a, ops.assign(self.expert_weights, last))
+
+    def priors(self) -> tuple[Tensor, Tensor]:
+        """p and q; in float32, as all that is drawn, whatever the weights are in."""
+        return ops.cast(self.std_prior, ms.float32), ops.cast(self.expert_weights_prior, ms.float32)
 
     def variances(self, chi: Tensor) -> Tensor:
         """v (r,)."""
-        return ops.maximum(ops.mul(ops.exp(2 * self.std_prior), chi), _LEAST_VARIANCE)
+        p, _ = self.priors()
+        return ops.maximum(ops.mul(ops.exp(2 * p), chi), _LEAST_VARIANCE)
 
     def shares(self, normal: Tensor) -> Tensor:
         """w (N,)."""
-        n = normal.shape[0]
-        alpha = ops.maximum(ops.exp(self.expert_weights_prior), _EPS)
+        n, (_, q) = normal.shape[0], self.priors()
+        alpha = ops.maximum(ops.exp(q), _EPS)
         log = ops.log(alpha)
         squares = ops.add((1 - 2 / n) / alpha, ops.reduce_sum(1 / alpha) / n**2)
         length = ops.sqrt(ops.maximum(squares, _EPS) + _EPS)
@@ -109,13 +117,14 @@ class MontecloraPatch(LoraPatch):
         """
         if not self.training:
             return ops.zeros((), ms.float32)
-        c, (r, n) = self.monte, (self.std_prior.shape[0], self.expert_weights.shape[0])
-        alpha, prior = ops.exp(self.expert_weights_prior), c.dirichlet_prior
+        c, (p, q) = self.monte, self.priors()
+        r, n = p.shape[0], q.shape[0]
+        alpha, prior = ops.exp(q), c.dirichlet_prior
         total = ops.reduce_sum(alpha)
         known = n * math.lgamma(prior) - math.lgamma(n * prior)
         dirichlet = ops.lgamma(total) - ops.reduce_sum(ops.lgamma(alpha)) + known
         dirichlet = dirichlet + ops.reduce_sum((alpha - prior) * (ops.digamma(alpha) - ops.digamma(total)))
-        wishart = 0.5 * r * (ops.reduce_sum(ops.exp(2 * self.std_prior) - 2 * self.std_prior) - r)
+        wishart = 0.5 * r * (ops.reduce_sum(ops.exp(2 * p) - 2 * p) - r)
         v = self.variances(self.drawn.chi)
         normal = 0.5 * n * (ops.reduce_sum(v - ops.log(v)) - r)
         value = c.kl_loss_weight * (dirichlet + wishart + normal)
