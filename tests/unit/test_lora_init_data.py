@@ -22,7 +22,7 @@ from msft_peft import (
 )
 from msft_peft.tuners.lora.eva import IncrementalPca, prepare_model_inputs_fn_language_modeling
 from tests import nets
-from tests.cases import in_pynative, output, shake, state_of, weights_of
+from tests.cases import in_pynative, layers_of, output, shake, state_of, weights_of
 from tests.tolerances import array
 
 TARGETS = ["lin0", "lin1"]
@@ -83,13 +83,14 @@ PREPARED = {
 
 @pytest.mark.parametrize("init", PREPARED)
 def test_the_output_stays_and_it_trains_saves_and_comes_back(init, tmp_path, mode):
-    config, prepare, _ = PREPARED[init]
+    config, prepare, left = PREPARED[init]
     base = dense()
     before = output(base)
     base_weight = array(base.lin0.weight).copy()
     prepare(base, config())
     assert ms.get_context("mode") == MODES[mode]
     model = get_peft_model(base, config()).set_train(False)
+    assert not any(hasattr(layer.base_layer, left) for layer in layers_of(model))
     np.testing.assert_allclose(array(model(base.sample())), before, atol=2e-5)
     assert np.abs(array(model.base_model.model.lin0.base_layer.weight) - base_weight).max() > 1e-3
     model.save_pretrained(tmp_path / "initial")

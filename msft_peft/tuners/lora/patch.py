@@ -17,7 +17,7 @@ from msft_peft.core.targets import match_pattern
 from msft_peft.errors import ConfigError, MergeError
 from msft_peft.hosts import Site
 from msft_peft.tuners.lora.config import LoraConfig
-from msft_peft.tuners.lora.init import GRADIENT, TITLES, Start, base_weight, start_of
+from msft_peft.tuners.lora.init import EIGENS, GRADIENT, TITLES, Start, base_weight, start_of
 
 
 class LoraPatch(Patch):
@@ -144,8 +144,9 @@ class LoraPatch(Patch):
         return not self.has_bias
 
     def remainder(self, w: Tensor) -> Tensor:
-        # The gradient has done its work, and is as large as the weight.
-        self.site.layer.__dict__.pop(GRADIENT, None)
+        # They have done their work, and are as large as the weight.
+        for collected in (GRADIENT, EIGENS):
+            self.site.layer.__dict__.pop(collected, None)
         return super().remainder(w) if self.loss is None else ops.sub(w, Tensor(self.loss, w.dtype))
 
     def regained(self, w: Tensor, given: Mapping[str, np.ndarray]) -> Tensor:
