@@ -444,8 +444,8 @@ class TunerLayer(Wrapper):
         return self.site.bias
 
     def scales(self) -> dict[str, Scale]:
-        """The scales of the adapters here, as far as their method has one."""
-        found = {name: getattr(patch, "scale", None) for name, patch in self.held().items()}
+        """The scales of the adapters here, as far as their method has one; a tied layer's is its partner's affair."""
+        found = {name: getattr(patch, "scale", None) for name, patch in self.held().items() if not patch.rides}
         return {name: scale for name, scale in found.items() if isinstance(scale, Scale)}
 
     def rescale(self, numbers: Mapping[str, float]) -> None:

@@ -1,5 +1,7 @@
 """LoRA's variants and extras: what the parity tests cannot say, and what is refused."""
 
+import copy
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from msft_peft import (
     NoMatchingPeftModuleError,
     get_peft_model,
     inject_adapter_in_model,
+    prepare_model_for_compiled_hotswap,
+    rescale_adapter_scale,
 )
 from msft_peft.models import LlamaConfig, LlamaForCausalLM
 from tests import nets
-from tests.cases import output, shake, state_of, weights_of
+from tests.cases import layers_of, output, shake, state_of, weights_of
 from tests.tolerances import array, assert_same, differ
 
 
@@ -403,6 +407,36 @@ def test_ties_that_are_not_there_or_not_asked_for_are_said():
         get_peft_model(llama(), LoraConfig(**Q, ensure_weight_tying=True))
     with pytest.warns(UserWarning, match="embed_tokens and lm_head share a weight, and only one is adapted"):
         get_peft_model(llama(tied=True), LoraConfig(target_modules=["lm_head"]))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_tied_update_has_one_scaling(live: bool):
+    model = get_peft_model(
+        llama(tied=True), LoraConfig(target_modules=["lm_head"], lora_alpha=8, r=4, ensure_weight_tying=True)
+    )
+    if live:
+        prepare_model_for_compiled_hotswap(model)
+    twin = copy.deepcopy(model)
+    layers = layers_of(twin)
+    assert len(layers) == 2
+
+    def scalings() -> list[float]:
+        return [float(array(layer.scaling["default"]).reshape(())) for layer in layers]
+
+    for call, expected in (("scale_layer", 6), ("unscale_layer", 2)):
+        for layer in layers:
+            getattr(layer, call)(3.0)
+        assert scalings() == [expected, expected]
+    for layer in layers:
+        layer.set_scale("default", 2.0)
+    assert scalings() == [4, 4]
+    with rescale_adapter_scale(twin, 0.5):
+        assert scalings() == [2, 2]
+    for layer in layers:
+        layer.unscale_layer()
+    assert scalings() == [2, 2]
+    layers[0].scale_layer(5.0)
+    assert {float(array(layer.scaling["default"]).reshape(())) for layer in layers_of(model)} == {2}
 
 
 def test_a_tied_update_is_neither_combined_nor_lost():

@@ -18,7 +18,8 @@ class LoraTiedPatch(LoraPatch):
     It has no weights of its own. In files it has lora_A (r, dim) and lora_B (vocabulary, r), as in HF.
 
     Differs: HF has two Parameters in one memory, each of which the optimizer moves; here there is one, with the sum of
-    both gradients.
+    both gradients. They have one scaling too: `scale_layer` and its like at the table change it, and those at the head
+    do nothing.
     """
 
     rides = True
