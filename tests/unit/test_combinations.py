@@ -61,8 +61,31 @@ def test_a_parameter_cannot_wait_for_tokens():
     net = llama()
     before = state_of(net)
     config = LoraConfig(**Q, target_parameters=["up_proj.weight"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
-    with pytest.raises(ConfigError, match="target_parameters does not work with variant='alora'"):
+    with pytest.raises(ConfigError, match="does not work with alora_invocation_tokens"):
         get_peft_model(net, config)
+    assert state_of(net) == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kasa_config": {}},
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"]}},
+        {"velora_config": {}},
+        {"monteclora_config": {}},
+        {"arrow_config": {}},
+        {"init_lora_weights": "mica"},
+        {"use_dora": True},
+        {"lora_dropout": 0.1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_parameter_has_plain_lora(settings: dict):
+    net = llama()
+    before = state_of(net)
+    (name,) = settings
+    with pytest.raises(ConfigError, match=f"target_parameters does not work with {name}="):
+        get_peft_model(net, LoraConfig(target_modules=[], target_parameters=["up_proj.weight"], **settings))
     assert state_of(net) == before
 
 

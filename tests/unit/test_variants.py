@@ -88,7 +88,7 @@ REFUSED = {
         Mixture,
         {"init_lora_weights": "mica", "target_parameters": ["first"], "target_modules": []},
         ConfigError,
-        "does not work with variant='mica'",
+        "does not work with init_lora_weights='mica'",
     ),
     "alora: no tokens": (llama, {"alora_invocation_tokens": []}, ConfigError, "an empty list"),
     "alora: no dense layer": (

@@ -10,6 +10,20 @@ from msft_peft.tuners.lora.config import LoraConfig
 from msft_peft.tuners.lora.init import start_of
 from msft_peft.tuners.lora.patch import LoraPatch
 
+# What must be as in plain LoRA.
+_PLAIN = {
+    "lora_dropout": 0.0,
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "alora_invocation_tokens": None,
+    "kasa_config": None,
+    "use_bdlora": None,
+    "velora_config": None,
+    "monteclora_config": None,
+    "arrow_config": None,
+}
+
 
 class LoraParameterPatch(LoraPatch):
     """Low-rank update of a matrix, or of each matrix in a stack: W'[e] = W[e] + s·B[e]·A[e].
@@ -22,11 +36,12 @@ class LoraParameterPatch(LoraPatch):
     """
 
     def setup(self, site: Site, config: LoraConfig) -> None:
-        for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "variant"):
-            if getattr(config, name):
-                raise ConfigError(
-                    f"target_parameters does not work with {name}={getattr(config, name)!r}: {site.path}"
-                )
+        for name, plain in _PLAIN.items():
+            value = getattr(config, name)
+            if value != plain:
+                raise ConfigError(f"target_parameters does not work with {name}={value!r}: {site.path}")
+        if config.init == "mica":
+            raise ConfigError(f"target_parameters does not work with init_lora_weights='mica': {site.path}")
         if len(site.shape) not in (2, 3):
             raise ConfigError(
                 f"target_parameters: {site.path}.{site.weight_name} has the shape {site.shape}, but only matrices and "
