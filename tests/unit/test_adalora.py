@@ -4,10 +4,11 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, dataset, nn, ops
-from mindspore.train import RunContext
+from mindspore.train import Callback, RunContext
 from mindspore.train.callback import _InternalCallbackParam
 
 from msft_peft import AdaLoraCallback, AdaLoraConfig, ConfigError, LoraConfig, PeftModel, get_peft_model
+from msft_peft.backend.arrays import write
 from tests import nets
 from tests.cases import layers_of, output, shake, weights_of
 from tests.tolerances import array, assert_same, differ
@@ -138,3 +139,47 @@ def test_the_callback_is_for_adalora():
     ):
         with pytest.raises(ConfigError, match=text):
             callback.on_train_begin(RunContext(_InternalCallbackParam(seen)))
+
+
+class Broken(Exception):
+    pass
+
+
+class Breaks(Callback):
+    def on_train_step_end(self, run_context):
+        raise Broken
+
+
+def test_a_model_that_has_trained_before(mode: str):
+    """Its compiled step must learn of the optimizer that keeps gradients, and of the user's own again."""
+    model = adapted()
+    x = array(model.sample())
+    target = array(nets.floats(*output(model).shape, seed=3))
+    rows = dataset.NumpySlicesDataset({"x": x, "target": target}, shuffle=False).batch(len(x)).repeat(6)
+    optimizer = nn.SGD(model.trainable_params(), 0.05)
+    engine = ms.train.Model(nets.Loss(model), optimizer=optimizer)
+    engine.train(1, rows, dataset_sink_mode=False)
+    for _ in range(2):
+        with pytest.raises(Broken):
+            engine.train(1, rows, callbacks=[AdaLoraCallback(model), Breaks()], dataset_sink_mode=False)
+    assert engine.train_network.optimizer.optimizer is optimizer
+    engine.train(1, rows, callbacks=[AdaLoraCallback(model)], dataset_sink_mode=False)
+    assert engine.train_network.optimizer is optimizer
+    assert ranks(model) == 2 * 2
+    kept = model.base_model._kept.cell.gradients()
+    assert all(array(gradient).any() for gradient in kept)
+    last = [array(gradient).copy() for gradient in kept]
+    engine.train(1, rows, dataset_sink_mode=False)
+    assert all(np.array_equal(array(a), b) for a, b in zip(kept, last)), "the optimizer is still wrapped"
+
+
+def test_gradients_that_are_all_zero_prune_nothing():
+    model = adapted()
+    nothing = [ops.zeros_like(p) for p in model.trainable_params()]
+    before = output(model)
+    with pytest.raises(ConfigError, match="All gradients that AdaLoRA has seen are zero"):
+        model.base_model.update_and_allocate(1, nothing)
+    assert_same(output(model), before, "exact")
+    for layer in layers_of(model):
+        write(layer.lora_E["default"], np.zeros((4, 1), np.float32))
+    model.base_model.update_and_allocate(1, nothing)

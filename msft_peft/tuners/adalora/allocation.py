@@ -68,7 +68,7 @@ class RankAllocator:
         """Keep the `budget` most important ranks and set E of all others to zero; returns which are kept.
 
         Raises:
-            ConfigError: no gradients have been seen.
+            ConfigError: no gradients have been seen, or none but zeros.
         """
         if not self.averages:
             raise ConfigError(
@@ -76,6 +76,14 @@ class RankAllocator:
                 f"the first one on and before step {self.config.total_step} - {self.config.tfinal}."
             )
         scores = {path: self.scores(patch) for path, patch in self.patches.items() if patch.r}
+        # While all E are zero, as before the first step of a warm-up, nothing can be lost.
+        if not any(score.any() for score in scores.values()) and any(
+            to_numpy(self.patches[path].lora_E).any() for path in scores
+        ):
+            raise ConfigError(
+                "All gradients that AdaLoRA has seen are zero, so that it would prune all ranks: hand over those of "
+                "the steps that change the adapter."
+            )
         surplus = self.first - budget
         order = np.sort(np.concatenate(list(scores.values())))
         threshold = order[surplus - 1] if surplus > 0 else -np.inf

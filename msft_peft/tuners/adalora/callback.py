@@ -4,9 +4,10 @@ from typing import Any
 
 from mindspore.train import Callback
 
+from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
-from msft_peft.tuners.adalora.model import AdaLoraModel
+from msft_peft.tuners.adalora.model import AdaLoraModel, KeepsGradients
 
 
 class AdaLoraCallback(Callback):
@@ -43,8 +44,13 @@ class AdaLoraCallback(Callback):
                 f"AdaLoraCallback finds no optimizer in {type(network).__name__}: write the step yourself, and call "
                 "base_model.update_and_allocate(step, gradients) after it."
             )
-        self.network, self.own = network, network.optimizer
-        network.optimizer = self.tuner.keeps_gradients(self.own)
+        own = network.optimizer
+        # A training that broke off never gave it back.
+        while isinstance(own, KeepsGradients):
+            own = own.optimizer
+        self.network, self.own = network, own
+        network.optimizer = self.tuner.keeps_gradients(own)
+        drop_compiled()  # the step of an earlier training holds the optimizer of then
 
     def on_train_step_end(self, run_context: Any) -> None:
         """A step of the schedule."""
@@ -53,3 +59,4 @@ class AdaLoraCallback(Callback):
     def on_train_end(self, run_context: Any) -> None:
         """Give the optimizer back."""
         self.network.optimizer = self.own
+        drop_compiled()
