@@ -6,7 +6,10 @@ w)` is `op(x, w)` for the base weight itself. Weights come in torch's layout. On
 have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
 """
 
+import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
+
+from msft_peft.backend.arrays import HALF_DTYPES
 
 
 class Op(nn.Cell):
@@ -101,6 +104,11 @@ class ConvOp(Op):
         if self.dims == 3:
             return ops.conv3d(h, w, groups=groups)
         return ops.conv2d(h, w, groups=groups)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 where it is in half precision, in which there are no inverses."""
+    return ops.cast(x, ms.float32) if x.dtype in HALF_DTYPES else x
 
 
 def add_bias(y: Tensor, bias: Parameter | None) -> Tensor:

@@ -223,7 +223,8 @@ class Patch(Weights):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """What becomes of the layer's output y for input x, which `before` has gone over."""
-        return y + self.op(x, self.delta_weight())
+        # The input of an embedding is token ids.
+        return y + self.op(x if self.site.kind == "embedding" else self.cast(x), self.delta_weight())
 
     def instead(self, x: Tensor) -> Tensor:
         """The layer's output for x, where it `replaces` the layer: what `after(x, base(x))` would be."""

@@ -7,6 +7,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
+from msft_peft.backend.ops import at_least_float32
 from msft_peft.config import TargetedConfig, check_bias, check_positive, check_probability
 from msft_peft.core.patch import Patch
 from msft_peft.errors import ConfigError
@@ -95,9 +96,9 @@ class BOFTPatch(Patch):
         self.dropout = nn.Dropout(p=config.boft_dropout) if config.boft_dropout else None
 
     def rotations(self) -> Tensor:
-        """(m, blocks, h, h): the Q of each block."""
-        identity = ops.cast(self.identity, self.boft_R.dtype)
-        flat = ops.reshape(self.boft_R, (-1, self.block, self.block))
+        """(m, blocks, h, h): the Q of each block, at least in float32."""
+        flat = at_least_float32(ops.reshape(self.boft_R, (-1, self.block, self.block)))
+        identity = ops.cast(self.identity, flat.dtype)
         skew = ops.mul(ops.sub(flat, ops.transpose(flat, (0, 2, 1))), 0.5)
         q = ops.matmul(ops.sub(identity, skew), ops.inverse(ops.add(identity, skew)))
         if self.training and self.dropout is not None:
@@ -114,8 +115,8 @@ class BOFTPatch(Patch):
         return ops.gather(rows, self.there[i], 1) if i else rows
 
     def before(self, x: Tensor) -> Tensor:
-        q = self.rotations()
         rows = ops.reshape(self.cast(x), (-1, self.features))
+        q = ops.cast(self.rotations(), rows.dtype)
         for i in range(self.factors - 1, -1, -1):
             rows = self.rotated(rows, q[i], i)
         return ops.cast(ops.reshape(rows, x.shape), x.dtype)

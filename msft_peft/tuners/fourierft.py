@@ -85,9 +85,6 @@ class FourierFTPatch(Patch):
         whole = ops.reshape(ops.scatter_nd(self.places, spectrum, (out * inputs,)), (out, inputs))
         return ops.cast(ops.mul(ops.real(ops.ifft2(whole)), self.factor), self.dtype)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return ops.add(y, self.op(self.cast(x), self.delta_weight()))
-
 
 METHOD = Method(
     config=FourierFTConfig,

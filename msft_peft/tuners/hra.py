@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.common.initializer import initializer
 
+from msft_peft.backend.ops import at_least_float32
 from msft_peft.config import TargetedConfig, check_bias, check_positive
 from msft_peft.core.patch import Patch, he_uniform
 from msft_peft.errors import ConfigError, PeftWarning
@@ -70,9 +71,10 @@ class HRAPatch(Patch):
         self.above, self.half = Tensor(above), Tensor(0.5 * np.eye(r, dtype=np.float32))
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        """U (in·K, r) of length one, and T (r, r)."""
+        """U (in·K, r) of length one, and T (r, r), at least in float32."""
+        u = at_least_float32(self.hra_u)
         # A small number keeps the gradient of a zero vector finite.
-        u = ops.mul(self.hra_u, ops.rsqrt(ops.reduce_sum(ops.square(self.hra_u), 0) + 1e-24))
+        u = ops.mul(u, ops.rsqrt(ops.reduce_sum(ops.square(u), 0) + 1e-24))
         gram = ops.matmul(ops.transpose(u, (1, 0)), u)
         if self.orthogonal:
             return u, ops.mul(ops.inverse(gram), 2.0)
@@ -93,6 +95,7 @@ class HRAPatch(Patch):
 
 def _reflected(rows: Tensor, u: Tensor, t: Tensor) -> Tensor:
     """rows·(I - U·t·Uᵀ)."""
+    u, t = ops.cast(u, rows.dtype), ops.cast(t, rows.dtype)
     return ops.sub(rows, ops.matmul(ops.matmul(ops.matmul(rows, u), t), ops.transpose(u, (1, 0))))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
+from msft_peft.backend.ops import at_least_float32
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability
 from msft_peft.core.patch import Patch
 from msft_peft.errors import ConfigError, PeftWarning
@@ -119,8 +120,8 @@ class OFTPatch(Patch):
         return math.prod(site.shape) // site.out_features
 
     def rotations(self) -> Tensor:
-        """(blocks, b, b), or (1, b, b) with `block_share`."""
-        angles = self.bounded() if self.bound else self.angles
+        """(blocks, b, b), or (1, b, b) with `block_share`; at least in float32."""
+        angles = at_least_float32(self.bounded() if self.bound else self.angles)
         entries = ops.concat((angles, ops.cast(self.nothing, angles.dtype)), 1)
         above = ops.reshape(ops.gather(entries, self.places, 1), (-1, self.block, self.block))
         q, identity = ops.sub(above, ops.transpose(above, (0, 2, 1))), ops.cast(self.identity, entries.dtype)

@@ -11,6 +11,7 @@ from msft_peft.registry import METHODS
 
 from . import ours, theirs
 from .cases import METHOD_CASES, same
+from .test_live import half_cell
 
 # Some name the table otherwise than the method.
 TABLES = {"LN_TUNING": "LNTUNING"}
@@ -53,3 +54,28 @@ def test_two_adapters(case, mode, tmp_path):
         same("output", y, expected[name], name)
         with torch.no_grad():
             same("output", y, theirs.forward(hf, x).numpy(), f"{name} in HF")
+
+
+EXACT = [case for case in METHOD_CASES.values() if case.name == "oft_linear_exact"]
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["float32 adapter", "float16 adapter"])
+@pytest.mark.parametrize("case", [*FIRST.values(), *EXACT], ids=lambda case: case.name)
+def test_a_float16_base(case, autocast, tmp_path):
+    """The output, and the dtypes in files."""
+    weights, x, _ = theirs.data(case, 1)
+    theirs.create(case, weights, 1).save_pretrained(tmp_path)
+    module = theirs.build(case.net, weights).half()
+    hf = peft.PeftModel.from_pretrained(module, tmp_path, autocast_adapter_dtype=autocast).eval()
+    batch = x if x.dtype == np.int32 else x.astype(np.float16)
+    mine = PeftModel.from_pretrained(
+        half_cell(case.net, weights, ours.ms.float16), tmp_path, autocast_adapter_dtype=autocast
+    )
+    y = mine(ours.ms.Tensor(batch))
+    assert y.dtype == ours.ms.float16
+    with torch.no_grad():
+        same("half", y.asnumpy().astype(np.float32), theirs.forward(hf, batch).float().numpy())
+    hf.save_pretrained(tmp_path / "theirs")
+    mine.save_pretrained(tmp_path / "ours")
+    read = [ours.tensors_of(tmp_path / who / "adapter_model.safetensors")[0] for who in ("ours", "theirs")]
+    assert {k: v[:2] for k, v in read[0].items()} == {k: v[:2] for k, v in ours.without_copies(read[1]).items()}

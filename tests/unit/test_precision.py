@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from msft_peft import (
     LoraConfig,
     PeftModel,
+    ShiraConfig,
     cast_mixed_precision_params,
     disable_input_dtype_casting,
     get_peft_model,
@@ -18,7 +19,7 @@ from msft_peft.backend.arrays import as_float32, write
 from msft_peft.errors import ConfigError, MergeError
 from msft_peft.models import LossOnly
 from tests import nets
-from tests.cases import weights_of
+from tests.cases import layers_of, weights_of
 from tests.models import tiny
 from tests.tolerances import array, assert_same, differ
 
@@ -209,3 +210,17 @@ def test_inputs_are_not_cast_where_that_is_disabled(caller, mode):
 def test_where_nothing_is_cast_there_is_nothing_to_disable():
     with pytest.raises(ConfigError, match="no adapted layers"), disable_input_dtype_casting(nets.Dense()):
         pass
+
+
+def test_a_method_that_reweighs_in_a_mixed_batch(mode: str):
+    """There, and beside other methods, SHiRA adds its update to the output: with inputs in half precision, too."""
+    config = ShiraConfig(r=1, target_modules=["lin0", "lin1"])
+    model = get_peft_model(half(nets.Dense()), LoraConfig(**LORA), adapter_name="lora", mixed=True)
+    model.add_adapter("shira", config)
+    model.set_adapter(["lora", "shira"])
+    x = Tensor(array(model.sample()), ms.float16)
+    assert model(x).dtype == ms.float16
+    model = get_peft_model(half(nets.Dense()), config).set_train(False)
+    for layer in layers_of(model):
+        write(layer.shira_weight["default"], np.ones(layer.shira_weight["default"].shape, np.float32))
+    assert_same(model(x, adapter_names=["default"] * len(array(x))), model(x), "merge")
