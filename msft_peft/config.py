@@ -231,7 +231,10 @@ class TargetedConfig(PeftConfig):
     """
 
     # Fields whose keys are patterns for layers' paths.
-    patterned: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    patterned: ClassVar[tuple[str, ...]] = (
+        *("rank_pattern", "alpha_pattern", "lambda_pattern"),
+        *("block_size_pattern", "n_frequency_pattern"),
+    )
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None

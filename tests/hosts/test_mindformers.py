@@ -16,6 +16,7 @@ from mindformers.pet import get_pet_model
 from mindspore import Tensor, nn, ops
 
 from msft_peft import (
+    AdaLoraConfig,
     AutoPeftModelForCausalLM,
     BitFitConfig,
     BOFTConfig,
@@ -416,3 +417,20 @@ def test_the_auto_class(tmp_path: Path):
     (tmp_path / "base" / "mindspore_model.ckpt").unlink()
     with pytest.raises(NoBaseModelError, match=r"mindformers\.AutoModelForCausalLM cannot load it"):
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", provider="mindformers")
+
+
+def test_pruned_ranks_are_told_by_hfs_names(tmp_path: Path):
+    targets = ["q_proj", "v_proj"]
+    model = get_peft_model(
+        llama(), AdaLoraConfig(target_modules=targets, init_r=3, target_r=1, total_step=4, tfinal=1)
+    )
+    rng = np.random.default_rng(0)
+    for p in model.trainable_params():
+        p.copy_(Tensor(rng.normal(size=p.shape).astype(np.float32)))
+    for step in range(1, 4):
+        gradients = [Tensor(rng.normal(size=p.shape).astype(np.float32)) for p in model.trainable_params()]
+        model.base_model.update_and_allocate(step, gradients)
+    model.save_pretrained(tmp_path)
+    pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert sorted(pattern) == [f"model.layers.{i}.self_attn.{name}.lora_E" for i in range(2) for name in targets]
+    assert_same(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model), "merge")

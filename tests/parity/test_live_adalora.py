@@ -89,6 +89,20 @@ def test_every_step_of_the_schedule(settings, tmp_path):
     same_dicts("trajectory", ours.arrays_of(tmp_path / "again" / "adapter_model.safetensors"), read[1])
 
 
+def test_hf_reads_what_a_training_that_went_on_left(tmp_path):
+    weights, x, target = theirs.data(CASE, 1)
+    hf, mine = pair(weights, ["lin0", "lin1", "out"])
+    for start in (1, 5):
+        for step in range(start, start + 4):
+            mine.base_model.update_and_allocate(step, descend(hf, mine, x, target))
+        mine.save_pretrained(tmp_path)
+        expected = mine(ms.Tensor(x)).asnumpy()
+        mine = PeftModel.from_pretrained(ours.build("mlp", weights), tmp_path, is_trainable=True).set_train(False)
+    hf = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path, is_trainable=True).eval()
+    same("trajectory", theirs.forward(hf, x).detach().numpy(), expected)
+    assert hf.get_nb_trainable_parameters() == mine.get_nb_trainable_parameters()
+
+
 class TorchLoss(torch.nn.Module):
     def __init__(self, net):
         super().__init__()

@@ -10,7 +10,7 @@ from mindspore.train.callback import _InternalCallbackParam
 from msft_peft import AdaLoraCallback, AdaLoraConfig, ConfigError, LoraConfig, PeftModel, get_peft_model
 from msft_peft.backend.arrays import write
 from tests import nets
-from tests.cases import layers_of, output, shake, weights_of
+from tests.cases import layers_of, output, shake, state_of, weights_of
 from tests.tolerances import array, assert_same, differ
 
 SETTINGS = {"init_r": 4, "target_r": 2, "total_step": 6, "tfinal": 2, "target_modules": ["lin0", "lin1"]}
@@ -36,6 +36,9 @@ BAD = {
     "orth": ({"orth_reg_weight": -1.0}, "`orth_reg_weight` should be greater than or equal to 0"),
     "dora": ({"use_dora": True}, "ADALORA does not support DoRA"),
     "pattern": ({"rank_pattern": {"lin0.lora_E": 3}}, "must be a list of True and False, got 3"),
+    "short pattern": ({"rank_pattern": {"lin0.lora_E": [True]}}, "must say it of init_r = 4 ranks, got 1"),
+    "steps": ({"total_step": "x"}, "`total_step` should be a finite number"),
+    "first steps": ({"tinit": "x"}, "`tinit` should be a finite number"),
 }
 
 
@@ -89,9 +92,9 @@ def test_a_jitted_step_sees_the_pruned_ranks(tmp_path):
     model.base_model.update_and_allocate(7)
     assert ranks(model) == 4
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(nets.Dense(), tmp_path)
-    sizes = [array(layer.lora_E["default"]).size for layer in layers_of(again)]
-    assert sum(sizes) == 4 + sizes.count(0)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert sum(layer.adapters["default"].shape_of("lora_E")[0] for layer in layers_of(again)) == 4
+    assert_same(output(again), output(model))
 
 
 def test_a_layer_may_lose_all_its_ranks(tmp_path):
@@ -183,3 +186,72 @@ def test_gradients_that_are_all_zero_prune_nothing():
     for layer in layers_of(model):
         write(layer.lora_E["default"], np.zeros((4, 1), np.float32))
     model.base_model.update_and_allocate(1, nothing)
+
+
+def steps(model: PeftModel, numbers: range, rate: float = 0.05) -> list[float]:
+    """Train by hand; the losses."""
+    x = model.sample()
+    target = nets.floats(*output(model).shape, seed=3)
+    optimizer = nn.SGD(model.trainable_params(), rate)
+    gradient = ms.value_and_grad(nets.Loss(model), None, optimizer.parameters)
+    losses = []
+    for number in numbers:
+        loss, grads = gradient(x, target)
+        optimizer(grads)
+        model.base_model.update_and_allocate(number, grads)
+        losses.append(float(array(loss)))
+    return losses
+
+
+def base() -> nn.Cell:
+    ms.set_seed(3)
+    return nets.Dense()
+
+
+def test_a_layer_without_ranks_does_nothing_and_trains_nothing(mode: str, tmp_path):
+    pattern = {"lin0.lora_E": [False] * 4, "lin1.lora_E": [True] * 4}
+    model = get_peft_model(base(), AdaLoraConfig(**SETTINGS | {"rank_pattern": pattern}))
+    shake(weights_of(model, "default"))
+    empty = layers_of(model)[0].adapters["default"]
+    assert {p.name for p in model.trainable_params()} == {p.name for p in weights_of(model, "default")}
+    assert all("lin1" in p.name for p in model.trainable_params())
+    assert float(array(empty.penalty())) == 0
+    steps(model, range(1, 4))
+    assert differ(output(model), output(base()))
+    model.save_pretrained(tmp_path)
+    assert_same(output(PeftModel.from_pretrained(base(), tmp_path)), output(model))
+
+
+def test_training_goes_on_with_the_ranks_that_are_left(tmp_path):
+    """What is pruned then is said of all ranks that there once were, as HF's files do."""
+    model = adapted()
+    steps(model, range(1, 2))
+    first = model.peft_config["default"].rank_pattern
+    model.save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(base(), tmp_path / "first", is_trainable=True)
+    steps(model, range(2, 7))
+    second = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, first.values())) > sum(map(sum, second.values()))
+    for layer, kept in second.items():
+        assert len(kept) == 4
+        assert all(was or not now for was, now in zip(first[layer], kept))
+    model.save_pretrained(tmp_path / "second")
+    assert_same(output(PeftModel.from_pretrained(base(), tmp_path / "second")), output(model))
+
+
+def test_a_pattern_is_about_the_layers_that_are_adapted():
+    net = base()
+    before = state_of(net)
+    with pytest.raises(ConfigError, match=r"`rank_pattern` names \['lin2.lora_E'\].*\['lin0.lora_E', 'lin1.lora_E'\]"):
+        get_peft_model(net, AdaLoraConfig(**SETTINGS | {"rank_pattern": {"lin2.lora_E": [True] * 4}}))
+    assert state_of(net) == before
+
+
+def test_what_cannot_be_pruned():
+    model = adapted()
+    ones = [ops.ones_like(p) for p in model.trainable_params()]
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="default is merged into the base weights"):
+        model.base_model.update_and_allocate(1, ones)
+    with pytest.raises(ConfigError, match=r"ranks of 4 \(`init_r`\) to 5 \(`target_r`\)"):
+        adapted(target_r=5).base_model.update_and_allocate(1, ones)

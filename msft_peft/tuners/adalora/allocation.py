@@ -24,10 +24,17 @@ class RankAllocator:
         config: the schedule.
         patches: the adapter's, by the layers' paths; their values of E are pruned in place.
 
+    Raises:
+        ConfigError: there are to be more ranks at the end than at the beginning.
+
     Source: Zhang et al. 2023, arXiv:2303.10512, §3.2 and §3.3.
     """
 
     def __init__(self, config: AdaLoraConfig, patches: Mapping[str, AdaLoraPatch]) -> None:
+        if config.target_r > config.init_r:
+            raise ConfigError(
+                f"AdaLoRA cannot prune ranks of {config.init_r} (`init_r`) to {config.target_r} (`target_r`)."
+            )
         self.config, self.patches = config, patches
         self.first = sum(patch.r for patch in patches.values())
         self.last = config.target_r * len(patches)
@@ -35,7 +42,7 @@ class RankAllocator:
 
     def weights(self) -> list[Parameter]:
         """All that the gradients are needed of."""
-        return [getattr(patch, name) for patch in self.patches.values() for name in _WEIGHTS]
+        return [getattr(patch, name) for patch in self.patches.values() if patch.r for name in _WEIGHTS]
 
     def budget(self, step: int) -> tuple[int, bool]:
         """How many ranks there may be after this step, and whether those above are to be pruned now."""
@@ -87,20 +94,25 @@ class RankAllocator:
         surplus = self.first - budget
         order = np.sort(np.concatenate(list(scores.values())))
         threshold = order[surplus - 1] if surplus > 0 else -np.inf
-        pattern = {f"{path}.lora_E": (score > threshold).tolist() for path, score in scores.items()}
+        pattern = {}
+        for path, patch in self.patches.items():
+            kept = np.zeros(self.config.init_r, bool)
+            if patch.r:
+                kept[patch.places] = scores[path] > threshold
+            pattern[patch.key_of(patch.site)] = kept.tolist()
         self.mask(pattern)
         return pattern
 
     def mask(self, pattern: Mapping[str, Sequence[bool]]) -> None:
         """Set E of what is not kept to zero, in place: compiled code sees it."""
-        for path, patch in self.patches.items():
-            kept = pattern.get(f"{path}.lora_E")
-            # An adapter that was saved and loaded since has only the kept ones left.
-            if kept is None or len(kept) != patch.r:
+        for patch in self.patches.values():
+            every = pattern.get(patch.key_of(patch.site))
+            if every is None or patch.r == 0:
                 continue
-            patch.kept = list(kept)
+            kept = np.array(every)[patch.places]
+            patch.kept = kept.tolist()
             values = as_float32(to_numpy(patch.lora_E))
-            write(patch.lora_E, Tensor(np.where(np.array(kept)[:, None], values, np.float32(0)), ms.float32))
+            write(patch.lora_E, Tensor(np.where(kept[:, None], values, np.float32(0)), ms.float32))
 
     def forget(self) -> None:
         """Give the memory of the averages back."""

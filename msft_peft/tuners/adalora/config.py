@@ -2,10 +2,11 @@
 
 import dataclasses
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from msft_peft.config import check_finite, check_positive
+from msft_peft.config import TargetedConfig, check_finite, check_positive
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.tuners.lora.config import LoraConfig
 
@@ -36,6 +37,7 @@ class AdaLoraConfig(LoraConfig):
     Differs: what HF takes from LoRA and ignores (rsLoRA, `alpha_pattern`, other initialisations, ...) is refused.
     """
 
+    # Its keys are no patterns, see `check_pattern`.
     patterned: ClassVar[tuple[str, ...]] = ()
 
     peft_type: str | None = "ADALORA"
@@ -69,8 +71,15 @@ class AdaLoraConfig(LoraConfig):
         for name, kept in (pattern or {}).items():
             if not isinstance(kept, list) or not all(type(one) is bool for one in kept):
                 raise ConfigError(f"`rank_pattern[{name!r}]` must be a list of True and False, got {kept!r}")
+            if len(kept) != self.init_r:
+                raise ConfigError(
+                    f"`rank_pattern[{name!r}]` must say it of init_r = {self.init_r} ranks, got {len(kept)}"
+                )
 
     def _check_schedule(self) -> None:
+        for name in ("total_step", "tinit", "tfinal"):
+            if getattr(self, name) is not None:
+                check_finite(name, getattr(self, name))
         if self.total_step is None or self.total_step <= 0:
             raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
         for name in ("init_r", "target_r", "deltaT"):
@@ -91,6 +100,14 @@ class AdaLoraConfig(LoraConfig):
                 "increase `total_step`."
             )
 
+    def check_pattern(self, known: Iterable[str]) -> None:
+        """Raise ConfigError if `rank_pattern` names what is not among the layers that are known."""
+        unknown = sorted(set(self.rank_pattern or {}) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"`rank_pattern` names {unknown}, which are no layers that AdaLoRA adapts here: {sorted(known)}."
+            )
+
     def require_built(self) -> None:
         inherited = {f.name for f in dataclasses.fields(LoraConfig)} - _OF_LORA - _COMMON
         for f in dataclasses.fields(self):
@@ -107,4 +124,4 @@ class AdaLoraConfig(LoraConfig):
 
 
 # Those of all methods.
-_COMMON = {f.name for base in LoraConfig.__mro__[1:3] for f in dataclasses.fields(base)}
+_COMMON = {f.name for f in dataclasses.fields(TargetedConfig)}

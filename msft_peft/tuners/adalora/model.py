@@ -74,8 +74,8 @@ class AdaLoraModel(Tuner):
                 `keeps_gradients` got last. From step `total_step - tfinal` on none are needed.
 
         Raises:
-            ConfigError: gradients are missing, or not one for each parameter; or the active adapters are merged,
-                several, or none.
+            ConfigError: gradients are missing, or not one for each parameter, or all zero; or the active adapters are
+                merged, several, or none; or `target_r` is above `init_r`.
 
         Differs: MindSpore keeps no gradients in parameters, so that they must be handed over.
         """
@@ -117,6 +117,10 @@ class AdaLoraModel(Tuner):
         names = self.active_adapters
         if len(names) != 1:
             raise ConfigError(f"update_and_allocate needs one active adapter, whose ranks it prunes; active: {names}")
+        if any(names[0] in layer.merged_adapters for layer in self.routing.layers):
+            raise ConfigError(
+                f"{names[0]} is merged into the base weights, where no rank can be pruned: unmerge it first."
+            )
         return names[0]
 
     def _allocator(self, name: str) -> RankAllocator:

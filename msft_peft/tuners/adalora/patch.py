@@ -21,7 +21,9 @@ class AdaLoraPatch(Patch):
         lora_E (r, 1): zeros.
 
     Attributes:
-        kept: which ranks are in use, and in files; None while all are.
+        places: of its ranks among the `init_r` that an adapter begins with; fewer once pruned ones have been left out
+            of a file.
+        kept: which of its ranks are in use, and in files; None while all are.
         ranknum: the rank that the update is divided by; HF has a parameter for it, in no file.
         scaling: s = lora_alpha.
     """
@@ -30,22 +32,30 @@ class AdaLoraPatch(Patch):
     constants = 1
 
     def setup(self, site: Site, config: AdaLoraConfig) -> None:
-        pattern = (config.rank_pattern or {}).get(f"{site.path}.lora_E")
-        self.r = config.init_r if pattern is None else sum(pattern)
-        # MindSpore has no tensors without numbers: a layer that has lost all ranks holds one that is not kept.
-        rows, out = max(self.r, 1), site.out_features
+        left = (config.rank_pattern or {}).get(self.key_of(site), [True] * config.init_r)
+        self.places = np.flatnonzero(left)
+        self.r = len(self.places)
+        out = site.out_features
         width = math.prod(site.shape) // out
-        init = Normal(0.02 if config.init_lora_weights else 1.0)
-        self.lora_A = self.weight("lora_A", (rows, width), init)
-        self.lora_B = self.weight("lora_B", (out, rows), init)
-        fresh = self.r == 0 or config.init_lora_weights
-        self.lora_E = self.weight("lora_E", (rows, 1), np.zeros((rows, 1), np.float32) if fresh else Normal(1.0))
-        if self.r == 0:
+        if self.r:
+            init = Normal(0.02 if config.init_lora_weights else 1.0)
+            self.lora_A = self.weight("lora_A", (self.r, width), init)
+            self.lora_B = self.weight("lora_B", (out, self.r), init)
+            self.lora_E = self.weight("lora_E", (self.r, 1), "zeros" if config.init_lora_weights else Normal(1.0))
+        else:
+            # MindSpore has no tensors without numbers: a layer that has lost all ranks holds zeros that are not kept.
             self.kept = [False]
+            for key, shape in (("lora_A", (1, width)), ("lora_B", (out, 1)), ("lora_E", (1, 1))):
+                setattr(self, key, self.weight(key, shape, np.zeros(shape, np.float32), fixed=True))
         self.ranknum = float(config.init_r if self.r else 0)
         self.scale = Scale(config.lora_alpha if config.lora_alpha > 0 else float(self.r))
         self.orth_reg_weight = config.orth_reg_weight
         self.dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+
+    @staticmethod
+    def key_of(site: Site) -> str:
+        """What a `rank_pattern` calls the layer."""
+        return f"{site.path}.lora_E"
 
     @property
     def scaling(self) -> float:
@@ -78,13 +88,15 @@ class AdaLoraPatch(Patch):
         return ops.reshape(ops.matmul(self.factor(), ops.mul(self.lora_A, self.lora_E)), self.site.shape)
 
     def penalty(self) -> Tensor:
-        """‖A·Aᵀ - I‖ + ‖Bᵀ·B - I‖."""
-        return ops.add(_distance(self.lora_A, self.lora_A), _distance(self.lora_B.T, self.lora_B.T))
+        """‖A·Aᵀ - I‖ + ‖Bᵀ·B - I‖; zero of a layer without ranks."""
+        if self.r == 0:
+            return ops.zeros((), self.lora_A.dtype)
+        return ops.add(_distance(self.lora_A), _distance(ops.transpose(self.lora_B, (1, 0))))
 
 
-def _distance(rows: Tensor, same: Tensor) -> Tensor:
+def _distance(rows: Tensor) -> Tensor:
     """‖rows·rowsᵀ - I‖."""
-    gram = ops.matmul(rows, ops.transpose(same, (1, 0)))
+    gram = ops.matmul(rows, ops.transpose(rows, (1, 0)))
     off = ops.sub(gram, ops.eye(rows.shape[0], rows.shape[0], rows.dtype))
     # Not the root of zero, whose gradient is infinite.
     return ops.sqrt(ops.maximum(ops.square(off).sum(), 1e-24))
