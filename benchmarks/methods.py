@@ -1,8 +1,9 @@
 """A training step and a forward pass of each method, as ratios to LoRA's in the same run, beside HF peft on torch.
 
-Each contender is a process that goes through all methods on one small Llama, LoRA first and last. The adapters are
-drawn once by HF's library, whose files all contenders load, and their first losses are compared before anything is
-reported. Layers adapted: q_proj and v_proj, or what a method wants by default.
+Each contender is a process that goes through all methods on one small Llama; each method takes turns with LoRA, step
+by step, so that what else the machine does hits both. The adapters are drawn once by HF's library, whose files all
+contenders load, and their first losses are compared before anything is reported. Layers adapted: q_proj and v_proj, or
+what a method wants by default.
 
     python -m benchmarks methods [--rounds 1]
 """
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +62,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "VB-LoRA": ("VBLoRAConfig", QV | {"r": 4, "num_vectors": 64, "vector_length": 64}),
     "VeRA": ("VeraConfig", QV | {"r": 64}),
 }
-AGAIN = "LoRA, again"
+REFERENCE = "LoRA"
 
 
 def batch() -> np.ndarray:
     return np.random.default_rng(0).integers(0, MODEL["vocab_size"], (BATCH, LENGTH)).astype(np.int32)
-
-
-def folder_of(folder: Path, method: str) -> Path:
-    return folder / ("LoRA" if method == AGAIN else method)
 
 
 def prepare(folder: Path) -> None:
@@ -88,70 +86,90 @@ def prepare(folder: Path) -> None:
         net.save_pretrained(folder / method)
 
 
-def figures_of(steps: list[float], forward: list[float], loss: float) -> dict[str, float]:
-    """Medians, without the first call, which may compile."""
-    return {"step": statistics.median(steps[1:]), "forward": statistics.median(forward[1:]), "loss": loss}
-
-
-def torch_figures(base_folder: Path, adapter: Path) -> dict[str, float]:
+class OnTorch:
     """HF peft and transformers."""
-    import peft
-    import torch
-    import transformers
 
-    torch.set_num_threads(THREADS)
-    ids = torch.from_numpy(batch()).long()
-    base = transformers.LlamaForCausalLM.from_pretrained(base_folder)
-    net = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
-    losses = []
+    def __init__(self, base: Path, adapter: Path) -> None:
+        import peft
+        import torch
+        import transformers
 
-    def step() -> None:
-        loss = net(input_ids=ids, labels=ids).loss
+        torch.set_num_threads(THREADS)
+        self.torch, self.ids = torch, torch.from_numpy(batch()).long()
+        base_model = transformers.LlamaForCausalLM.from_pretrained(base)
+        self.net = peft.PeftModel.from_pretrained(base_model, adapter, is_trainable=True)
+        self.optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(self) -> float:
+        loss = self.net(input_ids=self.ids, labels=self.ids).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
 
-    steps = timed(step, STEPS + 1)
-    net.eval()
-    with torch.no_grad():
-        return figures_of(steps, timed(lambda: net(input_ids=ids).logits.numpy(), STEPS + 1), losses[0])
+    def set_train(self, training: bool) -> None:
+        self.net.train(training)
+
+    def forward(self) -> np.ndarray:
+        with self.torch.no_grad():
+            return self.net(input_ids=self.ids).logits.numpy()
 
 
-def mindspore_figures(base_folder: Path, adapter: Path, graph: bool) -> dict[str, float]:
-    """This library."""
-    import mindspore as ms
-    from mindspore import Tensor, nn
+class OnMindSpore:
+    """This library, in the mode that the process is in."""
 
-    from msft_peft import PeftModel, models
+    def __init__(self, base: Path, adapter: Path) -> None:
+        from mindspore import Tensor, nn
 
-    ms.set_context(mode=ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE)
-    ids = Tensor(batch())
-    base = models.LlamaForCausalLM.from_pretrained(base_folder)
-    net = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    loss_only = models.LossOnly(net, ("input_ids", "labels")).set_train()
-    optimizer = nn.AdamWeightDecay(loss_only.trainable_params(), 1e-4)
-    train_step = nn.TrainOneStepCell(loss_only, optimizer).set_train()
-    losses = []
-    steps = timed(lambda: losses.append(float(train_step(ids, ids))), STEPS + 1)
-    net.set_train(False)
-    return figures_of(steps, timed(lambda: net(input_ids=ids)["logits"].asnumpy(), STEPS + 1), losses[0])
+        from msft_peft import PeftModel, models
+
+        self.ids = Tensor(batch())
+        self.net = PeftModel.from_pretrained(models.LlamaForCausalLM.from_pretrained(base), adapter, is_trainable=True)
+        loss_only = models.LossOnly(self.net, ("input_ids", "labels")).set_train()
+        optimizer = nn.AdamWeightDecay(loss_only.trainable_params(), 1e-4)
+        self.train_step = nn.TrainOneStepCell(loss_only, optimizer).set_train()
+
+    def step(self) -> float:
+        return float(self.train_step(self.ids, self.ids))
+
+    def set_train(self, training: bool) -> None:
+        self.net.set_train(training)
+
+    def forward(self) -> np.ndarray:
+        return self.net(input_ids=self.ids)["logits"].asnumpy()
+
+
+def side_by_side(own: Callable[[], Any], reference: Callable[[], Any]) -> tuple[float, float]:
+    """Median seconds of two calls that take turns, after a first of each, which may compile."""
+    own(), reference()
+    pairs = [(timed(own, 1)[0], timed(reference, 1)[0]) for _ in range(STEPS)]
+    return statistics.median(mine for mine, _ in pairs), statistics.median(other for _, other in pairs)
 
 
 def worker(contender: str, folder: Path) -> None:
     """Run one contender in this process and print its figures as JSON, a line for each method."""
     warnings.simplefilter("ignore")
+    os.environ["GLOG_v"] = "3"
     if contender == "prepare":
         prepare(folder)
         return
-    os.environ["GLOG_v"] = "3"
     if contender == "pynative":
         os.environ["MS_DEV_LAUNCH_BLOCKING"] = "1"
-    for method in (*METHODS, AGAIN):
-        paths = folder / "base", folder_of(folder, method)
-        found = torch_figures(*paths) if contender == "torch" else mindspore_figures(*paths, contender == "graph")
-        print("FIGURES " + json.dumps({"method": method} | found), flush=True)
+    if contender != "torch":
+        import mindspore as ms
+
+        ms.set_context(mode=ms.GRAPH_MODE if contender == "graph" else ms.PYNATIVE_MODE)
+    kind = OnTorch if contender == "torch" else OnMindSpore
+    lora = kind(folder / "base", folder / REFERENCE)
+    for method in METHODS:
+        own = kind(folder / "base", folder / method)
+        losses: list[float] = []
+        step, lora_step = side_by_side(lambda: losses.append(own.step()), lora.step)  # noqa: B023
+        own.set_train(False), lora.set_train(False)
+        forward, lora_forward = side_by_side(own.forward, lora.forward)
+        lora.set_train(True)
+        found = {"step": step, "lora_step": lora_step, "forward": forward, "lora_forward": lora_forward}
+        print("FIGURES " + json.dumps({"method": method, "loss": losses[0]} | found), flush=True)
 
 
 def spawn(contender: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -172,24 +190,19 @@ def main(rounds: int) -> None:
         for _ in range(rounds):
             for contender, found in runs.items():
                 found.append(spawn(contender, folder))
-    middle = {
-        contender: {
-            method: {key: statistics.median(run[method][key] for run in found) for key in ("step", "forward", "loss")}
-            for method in (*METHODS, AGAIN)
-        }
-        for contender, found in runs.items()
-    }
-    for method in METHODS:
-        losses = {contender: figures[method]["loss"] for contender, figures in middle.items()}
-        spread = max(losses.values()) - min(losses.values())
-        assert spread < 2e-3, f"{method}: not the same computation: first losses {losses}"
+    losses = {method: {contender: found[0][method]["loss"] for contender, found in runs.items()} for method in METHODS}
+    for method, each in losses.items():
+        spread = max(each.values()) - min(each.values())
+        assert spread < 2e-3, f"{method}: not the same computation: first losses {each}"
     for key, title in {"step": "training step", "forward": "forward"}.items():
         print(f"\n{title}, {BATCH} x {LENGTH}, as a multiple of LoRA's, {THREADS} threads")
         print("| | " + " | ".join(CONTENDERS.values()) + " |\n|---|" + "---|" * len(CONTENDERS))
-        lora = {contender: figures["LoRA"][key] for contender, figures in middle.items()}
-        print("| LoRA | " + " | ".join(f"{1000 * seconds:.0f} ms" for seconds in lora.values()) + " |")
-        for method in [*METHODS, AGAIN][1:]:
-            cells = [f"{figures[method][key] / lora[contender]:.2f}x" for contender, figures in middle.items()]
+        for method in METHODS:
+            cells = []
+            for found in runs.values():
+                own = statistics.median(run[method][key] for run in found)
+                ratio = statistics.median(run[method][key] / run[method][f"lora_{key}"] for run in found)
+                cells.append(f"{1000 * own:.0f} ms" if method == REFERENCE else f"{ratio:.2f}x")
             print(f"| {method} | " + " | ".join(cells) + " |", flush=True)
 
 
