@@ -1,6 +1,7 @@
 """Configs and their JSON: the same fields, defaults and files as HF peft's."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import tempfile
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -50,7 +51,7 @@ class PeftConfig:
         inference_mode: the adapter is loaded frozen.
 
     Raises:
-        ConfigError: `task_type` is none of `TaskType`, or a value of a yes-or-no field is neither.
+        ConfigError: `task_type` is none of `TaskType`, or a value is none that its field's annotation allows.
     """
 
     # Fields that HF's class of this name lacks: files hold them only where they are used.
@@ -71,11 +72,11 @@ class PeftConfig:
                 f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {', '.join(names)}."
             )
         self.peft_version = self.peft_version or HF_PEFT_VERSION
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (bool, "bool") and not isinstance(value, bool):
-                # "no" would count as true.
-                raise ConfigError(f"`{field.name}` must be True or False, got {value!r}")
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            # None stands for the default of many a field. It would count as False, and "no" as True.
+            if not _fits(value, hint) and (value is not None or hint is bool):
+                raise ConfigError(f"`{name}` must be {_named(hint)}, got {value!r}")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -132,6 +133,8 @@ class PeftConfig:
         Raises:
             ConfigError: no or an unknown `peft_type`, or a value that the class refuses; `origin` is named.
         """
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"{origin} must be a dict of fields, got {type(fields).__name__}")
         if "runtime_config" in fields:
             warnings.warn(
                 f"{origin} contains a `runtime_config` key. This is ignored. Runtime configurations are only valid at "
@@ -150,12 +153,6 @@ class PeftConfig:
                 PeftWarning,
                 stacklevel=3,
             )
-        hints = typing.get_type_hints(found)
-        for key in sorted(known & set(fields)):
-            if fields[key] is not None and not _fits(fields[key], hints[key]):
-                raise ConfigError(
-                    f"{origin} is no valid {found.__name__}: `{key}` must be {_named(hints[key])}, got {fields[key]!r}"
-                )
         try:
             return found(**{key: value for key, value in fields.items() if key in known})
         except NotImplementedError as error:
@@ -251,6 +248,10 @@ class TargetedConfig(PeftConfig):
             elif value is not None:
                 # HF keeps these as sets, whose order changes from run to run, and its files with it.
                 setattr(self, name, sorted(set(value)))
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+            check_regex("layers_pattern", pattern)
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+            check_regex("layers_pattern", pattern)
         self.modules_to_save = _names(self.modules_to_save)
         self._check_layers()
 
@@ -315,7 +316,7 @@ class PromptLearningConfig(PeftConfig):
         modules_to_save: layers to train whole, as copies, beside the virtual tokens (a new head, say).
 
     Raises:
-        ConfigError: a number that is none, or below 1; or `modules_to_save` is no list.
+        ConfigError: a number that is none, or below 1.
     """
 
     num_virtual_tokens: int | None = None
@@ -358,8 +359,6 @@ def as_member(where: str, kind: type[Enum], value: Any) -> Any:
 
 def _names(given: Any) -> list[str] | None:
     """A list of names, each once; a set in alphabetical order."""
-    if isinstance(given, str):
-        raise ConfigError(f"modules_to_save must be a list of names, got the string {given!r}")
     if given is None:
         return None
     return sorted(given) if isinstance(given, set | frozenset) else list(dict.fromkeys(given))
@@ -373,29 +372,39 @@ def check_regex(where: str, pattern: str) -> None:
         raise ConfigError(f"`{where}`: {pattern!r} is no valid regular expression: {error}") from error
 
 
+@functools.cache
+def _hints(kind: type[PeftConfig]) -> dict[str, Any]:
+    """The annotation of each field."""
+    hints = typing.get_type_hints(kind)
+    return {one.name: hints[one.name] for one in dataclasses.fields(kind)}
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON can be what a field's annotation says; numbers of either kind are numbers."""
+    """Whether a value can be what a field's annotation says: any collection is a list, int or float a number."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    collection = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if kind is typing.Literal:
         return value in inner
     if kind is tuple and Ellipsis not in inner:
-        return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+        return collection and len(value) == len(inner) and all(map(_fits, value, inner))
     if kind in (list, tuple, set):
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+        return collection and all(_fits(item, inner[0]) for item in value)
     if kind in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+        return isinstance(value, Mapping) and all(
+            _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
+        )
     if hint in (int, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint in (bool, str, list, dict, types.NoneType):
-        return isinstance(value, hint)
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return isinstance(value, str)
-    return hint is Any or not isinstance(hint, type) or isinstance(value, dict)
+        return isinstance(value, str | hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _named(hint: Any) -> str:
+    if hint is bool:
+        return "True or False"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 

@@ -101,7 +101,7 @@ def language_examples(
     else:
         for record in read_records(path):
             if "input_ids" in record:
-                rows.append(([int(token) for token in record["input_ids"]], 0))
+                rows.append((_tokens(record["input_ids"], path), 0))
             elif names["prompt"] in record:
                 start = encode(str(record[names["prompt"]]))
                 rest = encode(str(field(record, names["completion"], path)))
@@ -115,6 +115,12 @@ def language_examples(
     starts = np.array([masked for _, masked in rows])[:, None]
     counted = (columns["attention_mask"] == 1) & (np.arange(length) >= starts)
     return Examples({**columns, "labels": np.where(counted, columns["input_ids"], IGNORED).astype(np.int32)})
+
+
+def _tokens(given: Any, path: Path) -> list[int]:
+    if not isinstance(given, list) or not all(type(token) is int and abs(token) < 2**31 for token in given):
+        raise ConfigError(f"data: {path}: `input_ids` must be a list of tokens, whole numbers, got {given!r:.80}")
+    return given
 
 
 def labels_of(paths: list[Path], names: dict[str, str]) -> list[str]:

@@ -163,14 +163,30 @@ def read_plan(path: Path) -> Plan:
     training = plan.training
     if training.schedule not in ("linear", "cosine", "constant"):
         raise ConfigError(f"{path}: training: schedule={training.schedule!r} is none of linear, cosine and constant")
-    for name, least in (("batch_size", 1), ("learning_rate", 0), ("keep", 1), ("eval_every", 0), ("save_every", 0)):
-        if getattr(training, name) < least:
-            raise ConfigError(f"{path}: training: {name}={getattr(training, name)} is below {least}")
+    for name, least in _LEAST.items():
+        value = getattr(training, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ConfigError(f"{path}: training: {name}={value} is below {least}, or not finite")
+    if training.epochs <= 0:
+        raise ConfigError(f"{path}: training: epochs={training.epochs} leaves no step to train")
     if plan.data.max_length < 2:
         raise ConfigError(f"{path}: data: max_length={plan.data.max_length} is below 2")
     return plan
 
 
+# Of each number in `training` the least that makes sense.
+_LEAST = {
+    "epochs": 0,
+    "steps": 1,
+    "batch_size": 1,
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "gradient_clip": 0,
+    "eval_every": 0,
+    "save_every": 0,
+    "keep": 1,
+}
 _KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict}
 
 
@@ -225,9 +241,8 @@ class Run:
         _check_tokens(examples, base.config.vocab_size)
         self.model = get_peft_model(base, config)
         self.steps_in_epoch = math.ceil(len(self.train_data) / self.training.batch_size)
-        self.steps = self.training.steps or math.ceil(self.training.epochs * self.steps_in_epoch)
-        if self.steps < 1:
-            raise ConfigError("training: no step to train")
+        steps = self.training.steps
+        self.steps = math.ceil(self.training.epochs * self.steps_in_epoch) if steps is None else steps
         columns = tuple(self.train_data.columns)
         self.loss_only = models.LossOnly(self.model, columns).set_train()
         self.optimizer = nn.AdamWeightDecay(
@@ -411,6 +426,9 @@ def _needed(text: Text | None, plan: Plan) -> Text:
 
 
 def _check_tokens(examples: list[Examples], size: int) -> None:
-    highest = max(int(one.columns["input_ids"].max()) for one in examples)
-    if highest >= size:
-        raise ConfigError(f"data: there is the token {highest}, and the model has the tokens 0 to {size - 1} alone")
+    for one in examples:
+        for token in (int(one.columns["input_ids"].min()), int(one.columns["input_ids"].max())):
+            if not 0 <= token < size:
+                raise ConfigError(
+                    f"data: there is the token {token}, and the model has the tokens 0 to {size - 1} alone"
+                )

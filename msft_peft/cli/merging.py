@@ -5,7 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from msft_peft import auto
+from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.hub import fetch_optional
 from msft_peft.config import PeftConfig
 from msft_peft.errors import MergeError
@@ -59,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     kind = getattr(auto, f"Auto{PeftModel._for_task(config).__name__}")
     options = {key: getattr(arguments, key) for key in ("dtype", "provider") if getattr(arguments, key)}
     model = kind.from_pretrained(arguments.adapter, config=config, **adapter, **options)
+    _check_finite(model)
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(out, max_shard_size=arguments.max_shard_size)
     for name in _BESIDE:
@@ -70,3 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"Merged {arguments.adapter} into {arguments.base}: {len(list(out.iterdir()))} files, {size:,} bytes in {out}"
     )
+
+
+def _check_finite(model: PeftModel) -> None:
+    """Raise MergeError, naming them, if weights of the base or of the adapter are not finite, adapted or not."""
+    bad = [name for name, p in model.parameters_and_names() if not np.isfinite(as_float32(to_numpy(p))).all()]
+    if bad:
+        raise MergeError(f"there are numbers that are not finite in {', '.join(bad[:5])}{', ...' if bad[5:] else ''}")

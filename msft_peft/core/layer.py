@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import mindspore as ms
@@ -16,7 +17,7 @@ from msft_peft.backend.tree import inherit_mode
 from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.routing import Routing
 from msft_peft.core.scale import Scale
-from msft_peft.errors import ConfigError, MergeError
+from msft_peft.errors import AdapterNameError, ConfigError, MergeError
 from msft_peft.hosts import Site, describe
 
 
@@ -469,14 +470,22 @@ class TunerLayer(Wrapper):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Let an adapter count `scale` times what its config says; one that is not here is passed over, as in HF."""
+        self._check_number(scale)
         self.rescale({name: scale * found.initial for name, found in self.scales().items() if name == adapter})
 
     def scale_layer(self, scale: float) -> None:
         """Let the active adapters count `scale` times what they do now."""
+        self._check_number(scale)
         self.rescale({name: found.number * scale for name, found in self.scales().items() if name in self.active})
+
+    def _check_number(self, scale: Any) -> None:
+        if not isinstance(scale, Real):
+            raise ConfigError(f"a scaling at {self.site.path} must be a finite number, got {scale!r}")
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`; without a number, let the active adapters count as their configs say."""
+        if scale is not None:
+            self._check_number(scale)
         if scale == 0:
             raise ZeroDivisionError("unscale_layer(0): what was multiplied by zero cannot be restored; leave it out")
         active = {name: found for name, found in self.scales().items() if name in self.active}
@@ -486,7 +495,13 @@ class TunerLayer(Wrapper):
         return self.base_layer
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an additive adapter adds to the base weight, as the layer stores it."""
+        """What an additive adapter adds to the base weight, as the layer stores it.
+
+        Raises:
+            AdapterNameError: it has nothing here.
+        """
+        if adapter not in self.held():
+            raise AdapterNameError(f"Adapter {adapter} not found at {self.site.path}. There are {list(self.held())}.")
         return self.site.to_storage(self.adapters[adapter].delta_weight(), tuple(self.weight.shape))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

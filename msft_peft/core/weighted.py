@@ -1,8 +1,9 @@
 """What every method needs that makes an adapter of others."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 
 from mindspore import nn
 
@@ -29,6 +30,8 @@ def parts_of(model: nn.Cell, adapters: Sequence[str], weights: Sequence[float], 
     for one in adapters:
         if one not in there:
             raise AdapterNameError(f"Adapter {one} does not exist. There are {sorted(there)}.")
+    if not isinstance(weights, Collection) or not all(isinstance(weight, Real) for weight in weights):
+        raise ConfigError(f"`weights` must be a list with a number for each adapter, got {weights!r}")
     if len(weights) != len(adapters):
         raise ConfigError(f"There must be a weight for each adapter: got {len(weights)} for {len(adapters)}")
     if not all(math.isfinite(weight) for weight in weights):

@@ -7,6 +7,7 @@ from typing import Any
 
 from mindspore import nn
 
+from msft_peft.errors import ConfigError
 from msft_peft.hosts import cells, mindformers, mindnlp, mindtorch_fixes
 from msft_peft.hosts.host import Host
 from msft_peft.hosts.site import Site
@@ -61,10 +62,17 @@ def output_head(model: nn.Cell) -> nn.Cell | None:
 
 
 def as_cell(model: Any) -> Any:
-    """The Cell to put adapters into: the model itself, or what stands for one that is no Cell."""
+    """The Cell to put adapters into: the model itself, or what stands for one that is no Cell.
+
+    Raises:
+        ConfigError: it is no model of any library that is known.
+    """
     if "mindtorch" in sys.modules:  # it changes Tensors for the whole process, plain Cells' too
         mindtorch_fixes.apply()
-    return host_of(model).as_cell(model)
+    cell = host_of(model).as_cell(model)
+    if not isinstance(cell, nn.Cell):
+        raise ConfigError(f"`model` must be a mindspore.nn.Cell, got {type(model).__name__}")
+    return cell
 
 
 def original(model: nn.Cell) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from msft_peft.backend.files import replacing
+from msft_peft.core.inject import check_name
 from msft_peft.core.keys import PREFIX
 from msft_peft.errors import ConfigError, LoadError
 from msft_peft.io.adapter import ADAPTER_ENTRY, read_file, write_arrays
@@ -35,6 +36,7 @@ def convert(source: Path, target: Path, adapter_name: str = "default") -> int:
         The number of tensors.
 
     Raises:
+        AdapterNameError: `adapter_name` cannot be one.
         ConfigError: a format that is not read or not written, or an adapter that is a network which makes tokens.
         FileNotFoundError: there is no `source`.
         LoadError: it is broken, or two tensors would get one name.
@@ -44,6 +46,7 @@ def convert(source: Path, target: Path, adapter_name: str = "default") -> int:
             f"cannot convert '{source.name}' to '{target.name}': {', '.join(READABLE)} are read, "
             f"{' and '.join(WRITABLE)} are written."
         )
+    check_name(adapter_name)
     if not source.is_file():
         raise FileNotFoundError(f"there is no file '{source}'")
     tensors = read_file(source)

@@ -263,8 +263,10 @@ def as_arrays(state: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]
     """The tensors of a state dict as arrays; Parameters, Tensors and arrays are taken.
 
     Raises:
-        TypeError: a key is no string, or a value none of these.
+        TypeError: it is no mapping, a key is no string, or a value none of these.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state dict is a mapping of names to tensors, got {type(state).__name__}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor | np.ndarray):
             raise TypeError(

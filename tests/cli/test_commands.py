@@ -146,6 +146,19 @@ def test_merge(adapter: Path, base: Path, tmp_path: Path, capsys: pytest.Capture
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == ms.float16
 
 
+def test_merge_checks_the_weights_that_the_adapter_leaves_alone(
+    adapter: Path, base: Path, tmp_path: Path, capsys: Any
+):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    weight = model.lm_head.weight.asnumpy().copy()  # tied to the embedding
+    weight[0, 0] = np.nan
+    model.lm_head.weight.copy_(Tensor(weight))
+    model.save_pretrained(tmp_path / "broken")
+    assert run("merge", tmp_path / "broken", adapter, tmp_path / "out") == 1
+    assert "not finite in base_model.model.model.embed_tokens.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # --- convert --------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +295,10 @@ def mistakes(base: Path, adapter: Path, tmp: Path) -> list[tuple[tuple[Any, ...]
         (("merge", base, tmp / "broken", tmp / "out"), "Cannot infer the auto class"),
         (("convert", tmp / "nothing.ckpt", tmp / "a.safetensors"), "there is no file"),
         (("convert", adapter / "adapter_model.ckpt", tmp / "a.bin"), ".safetensors and .ckpt are written"),
+        (
+            ("convert", adapter / "adapter_model.safetensors", tmp / "a.ckpt", "--adapter-name", "a b"),
+            "cannot name an",
+        ),
         (("convert", adapter / "README.md", tmp / "a.ckpt"), "are read"),
         (("convert", tmp / "broken" / "adapter_model.safetensors", tmp / "a.ckpt"), "is no valid safetensors file"),
         (("generate", adapter, "Hello"), "has a tokenizer. Name its folder"),

@@ -155,6 +155,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"training": {"batch_size": "8"}}, "training: batch_size must be int, got '8'"),
     ({"training": {"compile": 1}}, "training: compile must be bool"),
     ({"training": {"batch_size": 0}}, "batch_size=0 is below 1"),
+    ({"training": {"steps": 0}}, "steps=0 is below 1"),
+    ({"training": {"epochs": 0}}, "epochs=0 leaves no step to train"),
+    ({"training": {"warmup_steps": -5}}, "warmup_steps=-5 is below 0"),
+    ({"training": {"learning_rate": float("nan")}}, "learning_rate=nan is below 0, or not finite"),
     ({"training": {"schedule": "zigzag"}}, "is none of linear, cosine and constant"),
     ({"data": {"train": None}}, "data: train must be str"),
     ({"data": {"max_length": 1}}, "max_length=1 is below 2"),
@@ -180,6 +184,13 @@ def test_mistakes_in_the_file(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("token", [-2, 256])
+def test_tokens_that_the_model_does_not_have(token: int, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, token, 3]}))
+    assert main(["finetune", str(written(tmp_path, data={"train": str(tmp_path / "ids.jsonl"), "eval": None}))]) == 1
+    assert f"there is the token {token}, and the model has the tokens 0 to 255 alone" in capsys.readouterr().err
+
+
 def test_files_that_are_no_plan(tmp_path: Path):
     for text, says in (("a: [", "no valid YAML"), ("- 1", "wanted settings by name"), ("", "wanted settings by name")):
         (tmp_path / "bad.yaml").write_text(text)
@@ -197,6 +208,10 @@ def test_files_that_are_no_plan(tmp_path: Path):
         ("a.jsonl", '{"text": "x"}\n[1]', "line 2: wanted an object, got list"),
         ("a.tsv", "text\tlabel\nx\n", "line 2: another number of fields"),
         ("a.txt", "\n\n", "holds no records"),
+        ("a.jsonl", '{"text": "xy"}\n{"input_ids": "abc"}', "a.jsonl: `input_ids` must be a list .* got 'abc'"),
+        ("a.jsonl", '{"input_ids": [1, 2, null]}', r"a.jsonl: `input_ids` must be a list .* got \[1, 2, None\]"),
+        ("a.jsonl", '{"input_ids": [1, 2.5]}', r"a.jsonl: `input_ids` must be a list .* got \[1, 2.5\]"),
+        ("a.jsonl", '{"input_ids": [1, 4294967296]}', "a.jsonl: `input_ids` must be a list"),
         ("a.jsonl", '{"text": "x"}', "no row has a token to be predicted"),
     ],
 )

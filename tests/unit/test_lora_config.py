@@ -110,7 +110,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "r zero": ({"r": 0}, ValueError, "`r` should be a positive integer value but the value passed is 0"),
     "r negative": ({"r": -1}, ValueError, "`r` should be a positive integer"),
     "r a float": ({"r": 8.0}, ValueError, "`r` should be a positive integer"),
-    "r a bool": ({"r": True}, ValueError, "`r` should be a positive integer"),
+    "r a bool": ({"r": True}, ValueError, "`r` must be int, got True"),
     "rank_pattern zero": ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]"),
     "dropout one": ({"lora_dropout": 1.0}, ValueError, r"`lora_dropout` is a probability in \[0, 1\), got 1.0"),
     "dropout negative": ({"lora_dropout": -0.1}, ValueError, "`lora_dropout`"),
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
     ),
-    "modules_to_save a string": ({"modules_to_save": "head"}, ValueError, "modules_to_save must be a list of names"),
+    "modules_to_save a string": ({"modules_to_save": "head"}, ValueError, r"`modules_to_save` must be list\[str\]"),
     "target_parameters a string": ({"target_parameters": "w"}, TypeError, "`target_parameters` must be a list"),
     "dora with megatron": (
         {"use_dora": True, "megatron_config": {"a": 1}},

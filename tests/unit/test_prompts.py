@@ -343,7 +343,7 @@ BAD = [
     (PromptTuningConfig, {"num_virtual_tokens": 0}, "num_virtual_tokens"),
     (PromptTuningConfig, {"num_virtual_tokens": True}, "num_virtual_tokens"),
     (PromptTuningConfig, {"num_transformer_submodules": 3}, "num_transformer_submodules"),
-    (PromptTuningConfig, {"modules_to_save": "head"}, "modules_to_save must be a list"),
+    (PromptTuningConfig, {"modules_to_save": "head"}, r"`modules_to_save` must be list\[str\]"),
     (PromptEncoderConfig, {"encoder_reparameterization_type": "GRU"}, "must be one of"),
     (PromptEncoderConfig, {"encoder_hidden_size": 0}, "encoder_hidden_size"),
     (PrefixTuningConfig, {"init_weights": "ones"}, "init_weights must be None or 'zero'"),

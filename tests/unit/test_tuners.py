@@ -52,7 +52,7 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "oft: bias": ("OFT", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only, is not implemented"),
     "oft: eps": ("OFT", {"coft": True, "eps": 0.0}, ValueError, "`eps`, which must be above 0"),
     "hra: rank": ("HRA", {"r": -2}, ValueError, "`r` should be a positive integer"),
-    "tokens: no numbers": ("TrainableTokens", {"token_indices": ["a"]}, ValueError, "must be a list of int, got"),
+    "tokens: no numbers": ("TrainableTokens", {"token_indices": ["a"]}, ValueError, r"must be list\[int\], got"),
     "road: variant": ("Road", {"variant": "road_3"}, ValueError, "Invalid variant road_3 specified"),
     "road: odd": ("Road", {"group_size": 3}, ValueError, "The group_size must be divisible by 2"),
     "c3a: size": ("C3A", {"block_size": 0}, ValueError, "`block_size` should be a positive integer"),

@@ -130,14 +130,16 @@ class LoraConfig(TargetedConfig):
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)  # HF keeps this one as a dict
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_ranks()
         check_probability("lora_dropout", self.lora_dropout)
         check_bias(self.bias, "lora")
         self._check_init()
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
@@ -190,8 +192,6 @@ class LoraConfig(TargetedConfig):
 
     def _settle_sub_configs(self) -> None:
         """Sub-configs as objects, whether they come as such, as dicts from a file, or not at all."""
-        if isinstance(self.loftq_config, LoftQConfig):
-            self.loftq_config = dataclasses.asdict(self.loftq_config)  # HF keeps this one as a dict
         for name, kind in SUB_CONFIGS.items():
             value = getattr(self, name)
             title = {"eva_config": "EVA", "corda_config": "CorDA"}.get(name)

@@ -107,6 +107,8 @@ def _converted(
     """The LoRA adapter, outside the model."""
     if compile_kwargs is not None:
         raise NotImplementedError("compile_kwargs are torch.compile's; the SVD is LAPACK's here: leave them at None")
+    if not isinstance(model, nn.Cell):
+        raise TypeError(f"`model` must be a mindspore.nn.Cell, got {type(model).__name__}")
     _check_rank(rank)
     base = _holder(model)
     source = inject.adapter_in(base, name)

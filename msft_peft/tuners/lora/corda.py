@@ -46,6 +46,8 @@ def preprocess_corda(
 
     Differs: the files are safetensors, not pickles. Inputs of any shape will do; HF takes batches of one.
     """
+    if not isinstance(lora_config, LoraConfig):
+        raise ConfigError(f"`lora_config` must be a LoraConfig, got {type(lora_config).__name__}")
     config = lora_config.corda_config
     if lora_config.init != "corda" or config is None:
         raise ConfigError(

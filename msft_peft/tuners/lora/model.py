@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from msft_peft.backend.arrays import as_float32, to_numpy, write
+from msft_peft.config import check_finite
 from msft_peft.core import inject, switch
 from msft_peft.core.patch import Patch
 from msft_peft.core.tuner import Tuner
@@ -207,7 +208,11 @@ def _factors_of(patch: Patch) -> tuple[str, str]:
 
 def _check_places(parts: Sequence[inject.Adapter]) -> None:
     for part in parts:
-        if getattr(part.config, "target_parameters", None):
+        if not isinstance(part.config, LoraConfig):
+            raise ConfigError(
+                f"add_weighted_adapter combines LoRA adapters, and '{part.name}' is one of {part.config.peft_type}"
+            )
+        if part.config.target_parameters:
             raise ConfigError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{part.name}')"
             )
@@ -228,12 +233,15 @@ def _check_settings(
             raise ConfigError(
                 f"combination_type={combination_type!r} prunes and needs `density`, the share of the entries to keep"
             )
+        check_finite("density", density)
         if density < 0:
             raise ConfigError(f"Density should be >= 0, got {density}")
     if majority_sign_method not in SIGN_METHODS:
         raise ConfigError(f'Unimplemented mask method "{majority_sign_method}"; there are {SIGN_METHODS}')
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0):
         raise ConfigError(f"`svd_rank` should be a positive integer, got {rank!r}")
+    if clamp is not None:
+        check_finite("svd_clamp", clamp)
     if clamp is not None and not 0 <= clamp <= 1:
         raise ConfigError(f"`svd_clamp` is a quantile in [0, 1], got {clamp}")
     if driver is not None:
