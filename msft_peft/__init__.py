@@ -7,6 +7,8 @@ from msft_peft import (
     tuners,
 )
 from msft_peft.config import (
+    HF_PEFT_VERSION,
+    NOT_BUILT,
     PeftConfig,
     PromptLearningConfig,
     TaskType,
@@ -96,6 +98,7 @@ from msft_peft.prompts.prompt_tuning import (
     PromptTuningInit,
 )
 from msft_peft.registry import (
+    METHODS,
     discover,
     get_peft_config,
     peft_types,
@@ -346,4 +349,14 @@ def __getattr__(name: str) -> Any:
         from msft_peft import auto
 
         return getattr(auto, name)
+    method = next((key for key, start in NOT_BUILT.items() if name in _classes(start)), None)
+    if method is not None:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}: {method} is a method of HF peft {HF_PEFT_VERSION} "
+            f"that is not built here yet. There are {sorted(METHODS)}."
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _classes(start: str) -> tuple[str, ...]:
+    return tuple(start + end for end in ("Config", "Model", "Encoder"))

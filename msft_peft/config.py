@@ -24,6 +24,28 @@ from msft_peft.errors import ConfigError, HubError, PeftWarning
 
 HF_PEFT_VERSION = "0.21.2"
 CONFIG_NAME = "adapter_config.json"
+# HF peft's methods that are not built here, and how its classes of them begin.
+NOT_BUILT = {
+    "ADAMSS": "Adamss",
+    "ADAPTION_PROMPT": "AdaptionPrompt",
+    "BEFT": "Beft",
+    "CARTRIDGE": "Cartridge",
+    "DEFT": "Deft",
+    "FROD": "Frod",
+    "GLORA": "Glora",
+    "LILY": "Lily",
+    "OSF": "OSF",
+    "PEANUT": "Peanut",
+    "POLY": "Poly",
+    "PSOFT": "Psoft",
+    "PVERA": "Pvera",
+    "SHADOW": "Shadow",
+    "SUPERTUNING": "Supertuning",
+    "TINYLORA": "TinyLora",
+    "UNILORA": "UniLora",
+    "WAVEFT": "WaveFT",
+    "XLORA": "XLora",
+}
 
 
 class TaskType(str, Enum):
@@ -204,6 +226,11 @@ class PeftConfig:
         if peft_type is None:
             raise ConfigError(f"{origin} names no 'peft_type', so nothing says which method it configures")
         by_type = {sub.peft_type: sub for sub in _subclasses(PeftConfig) if sub.peft_type is not None}
+        if isinstance(peft_type, str) and peft_type in NOT_BUILT and peft_type not in by_type:
+            raise ConfigError(
+                f"{origin} has peft_type={peft_type!r}, a method of HF peft that is not built here yet; there are "
+                f"{sorted(by_type)}"
+            )
         if not isinstance(peft_type, str) or peft_type not in by_type:
             raise ConfigError(
                 f"{origin} has peft_type={peft_type!r}, which this version does not have; it has {sorted(by_type)}"

@@ -45,8 +45,13 @@ from msft_peft.tuners.lora.residual import as_plain_lora
 
 # Where an adapter of this name is saved: in the folder itself; others get a folder of their own below it.
 ROOT_ADAPTER = "default"
-# Methods of tuners that mean nothing to prompts.
-_OF_LAYERS = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload")
+# Methods of tuners that mean nothing to prompts, and what to do instead.
+_MERGES = "so there is nothing to merge or to take out. get_base_model() is the model without them."
+_SWITCHES = "so there are no layers to switch. `with model.disable_adapter():` runs the model without them."
+_OF_LAYERS = {
+    **dict.fromkeys(("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"), _MERGES),
+    **dict.fromkeys(("enable_adapter_layers", "disable_adapter_layers"), _SWITCHES),
+}
 
 
 class PeftModel(Prompted):
@@ -95,9 +100,11 @@ class PeftModel(Prompted):
 
     @classmethod
     def _for_task(cls, config: PeftConfig) -> type["PeftModel"]:
-        """The subclass whose task is the config's; this class itself where there is none."""
-        fitting = (sub for sub in cls.__subclasses__() if sub._task is not None and sub._task == config.task_type)
-        return next(fitting, cls)
+        """The class whose task is the config's; this class itself where it has that task, or there is none."""
+        if cls._task is not None and cls._task == config.task_type:
+            return cls
+        family = (cls if cls._task is None else PeftModel).__subclasses__()
+        return next((sub for sub in family if sub._task is not None and sub._task == config.task_type), cls)
 
     def _prepare(
         self, model: nn.Cell, config: PeftConfig, name: str, autocast: bool, low_cpu_mem_usage: bool
@@ -182,7 +189,7 @@ class PeftModel(Prompted):
             if name in _OF_LAYERS:
                 raise AttributeError(
                     f"'{type(tuner).__name__}' object has no attribute '{name}': virtual tokens stand before the "
-                    "input, so there is nothing to merge or to take out. get_base_model() is the model without them."
+                    f"input, {_OF_LAYERS[name]}"
                 ) from None
             return getattr(self._switches if hasattr(PromptSwitches, name) else tuner, name)
 

@@ -209,14 +209,20 @@ def test_a_pickle_that_is_not_torchs_is_named(first: Case, folder: Path):
         PeftModel.from_pretrained(first.base(), folder)
 
 
-@first
-def test_the_settings_are_loaded_over_an_adapter_too(first: Case, folder: Path):
+SCALINGS = ("lora_alpha", "alpha", "randlora_alpha", "scaling", "delora_lambda")
+SCALED = {
+    case.note: (case, name)
+    for case in first_cases()
+    for name in [next((name for name in SCALINGS if hasattr(case.method.config, name)), None)]
+    if name is not None
+}
+
+
+@pytest.mark.parametrize(("first", "alpha"), SCALED.values(), ids=SCALED)
+def test_the_settings_are_loaded_over_an_adapter_too(first: Case, alpha: str, folder: Path):
     """HF keeps the old adapter's scaling under the new weights: other numbers than the file's, and no word of it."""
     expected = output(PeftModel.from_pretrained(first.base(), folder))
     fields = json.loads((folder / CONFIG).read_text())
-    alpha = "lora_alpha" if "lora_alpha" in fields else "alpha"
-    if alpha not in fields:
-        return
     other = first.adapted(**{alpha: 64})
     other.load_adapter(folder, "default")
     assert getattr(other.peft_config["default"], alpha) == fields[alpha]

@@ -33,6 +33,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 FILES = {"README.md", "adapter_config.json", "adapter_model.ckpt", "adapter_model.safetensors"}
 
 first = pytest.mark.parametrize("first", first_cases(), ids=lambda case: case.note)
+MERGEABLE = [case for case in life_cases() if case.can_merge]
+mergeable = pytest.mark.parametrize("case", MERGEABLE, ids=lambda case: case.note)
 
 
 def trained(case: Case) -> PeftModel:
@@ -149,9 +151,8 @@ def test_saving_changes_nothing(case: Case, mode: str, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling")
+@mergeable
 def test_a_merged_adapter_is_saved_as_it_was(case: Case, tmp_path: Path):
-    if not case.can_merge:
-        return
     model = trained(case)
     model.save_pretrained(tmp_path / "one")
     model.merge_adapter()
@@ -249,10 +250,9 @@ def test_loading_another_config_over_one_of_two_leaves_the_other(case: Case, tmp
     assert not any(p.requires_grad for p in weights_of(model, "two"))
 
 
+@mergeable
 def test_loading_over_a_merged_adapter_unmerges_it_first(case: Case, tmp_path: Path):
     """Else unmerging would later take out weights that were never put in, and the base would be lost."""
-    if not case.can_merge:
-        return
     model = trained(case)
     model.save_pretrained(tmp_path)
     other = case.adapted()

@@ -186,6 +186,11 @@ def test_what_is_refused_changes_nothing(case: Case, tmp_path: Path):
         (TypeError, "takes one name", lambda: model.set_adapter(["one", "two"])),
         (ConfigError, "does not go with prompts", lambda: model(adapter_names=["one", "two"], **inputs(case))),
         (AttributeError, "nothing to merge", lambda: model.merge_and_unload()),
+        (
+            AttributeError,
+            "no layers to switch",
+            lambda: model.disable_adapter_layers(),
+        ),
         (AttributeError, "nothing to merge", lambda: model.unload()),
         (TypeError, "have none there", lambda: model.get_layer_status()),
         (TypeError, "have none there", lambda: model.get_model_status()),

@@ -109,6 +109,9 @@ def test_the_task_decides_the_class(task: str | None, kind: str, tmp_path: Path)
     assert type(model) is getattr(msft_peft, kind)
     model.save_pretrained(tmp_path)
     assert type(PeftModel.from_pretrained(nets.Classifier(), tmp_path)) is type(model)
+    # As in HF, the file decides, not the class that is asked.
+    asked = msft_peft.PeftModelForCausalLM
+    assert type(asked.from_pretrained(nets.Classifier(), tmp_path)) is (asked if task is None else type(model))
     heads = {"SEQ_CLS": True, "TOKEN_CLS": True}.get(task, False)
     assert any("modules_to_save" in p.name for p in model.get_parameters()) is heads
     tag = ModelCard.load(tmp_path / "README.md").data.pipeline_tag

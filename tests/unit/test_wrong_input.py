@@ -1,10 +1,12 @@
 """What is given in the place of a config, a model, a name or a number, and is none."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import msft_peft
 from msft_peft import (
     AdapterNameError,
     ConfigError,
@@ -17,6 +19,8 @@ from msft_peft import (
     preprocess_corda,
     set_peft_model_state_dict,
 )
+from msft_peft.config import NOT_BUILT
+from msft_peft.registry import METHODS
 from tests import nets
 
 TARGETS = ["lin0", "lin1"]
@@ -71,6 +75,22 @@ MODELS: dict[str, Callable[[Any], Any]] = {
 def test_no_model(call: Callable, wrong: Any):
     with pytest.raises(ConfigError, match=r"`model` must be a mindspore\.nn\.Cell, got "):
         call(wrong)
+
+
+@pytest.mark.parametrize("name", ["XLoraConfig", "PolyModel", "CartridgeEncoder"])
+def test_a_method_of_hfs_that_is_not_built(name: str):
+    with pytest.raises(AttributeError, match=f"{name}.* is a method of HF peft .* that is not built here yet"):
+        getattr(msft_peft, name)
+    assert not hasattr(msft_peft, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'Nonsense'$"):
+        _ = msft_peft.Nonsense
+
+
+def test_files_of_methods_that_are_not_built(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "XLORA", "hidden_size": 3}')
+    with pytest.raises(ConfigError, match="peft_type='XLORA', a method of HF peft that is not built here yet"):
+        msft_peft.PeftModel.from_pretrained(nets.Dense(), tmp_path)
+    assert not set(NOT_BUILT) & set(METHODS)
 
 
 @pytest.fixture
