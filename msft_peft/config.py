@@ -277,8 +277,6 @@ class TargetedConfig(PeftConfig):
                 setattr(self, name, sorted(set(value)))
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
             check_regex("layers_pattern", pattern)
-        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
-            check_regex("layers_pattern", pattern)
         self.modules_to_save = _names(self.modules_to_save)
         self._check_layers()
 
