@@ -327,6 +327,15 @@ def check_patterns(where: str, patterns: Mapping[str, Any], check: Callable[[str
         check(f"{where}[{pattern!r}]", value)
 
 
+def check_types(settings: Any) -> None:
+    """Raise ConfigError, naming the field, if one of a dataclass holds what its annotation does not say."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if not _fits(list(value) if isinstance(value, tuple | set | frozenset) else value, hint):
+            raise ConfigError(f"`{field.name}` must be {_named(hint)}, got {value!r}")
+
+
 @dataclass
 class PromptLearningConfig(PeftConfig):
     """A config of a method that puts virtual tokens, or keys and values, before the input; nothing is wrapped.

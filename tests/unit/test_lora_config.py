@@ -150,6 +150,57 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "lora_bias=True is not supported for D",
     ),
+    "names of adapters a number": (
+        {"arrow_config": {"task_adapter_names": 5}},
+        ValueError,
+        r"`arrow_config`: `task_adapter_names` must be list\[str\] \| None, got 5",
+    ),
+    "entropy a word": (
+        {"monteclora_config": {"use_entropy": "no"}},
+        ValueError,
+        "`monteclora_config`: `use_entropy` must be bool, got 'no'",
+    ),
+    "strict a word": ({"use_bdlora": {"match_strict": "no"}}, ValueError, "`use_bdlora`: `match_strict` must be bool"),
+    "modules with numbers": (
+        {"use_bdlora": {"target_modules_bd_a": [1]}},
+        ValueError,
+        r"`target_modules_bd_a` must be list\[str\] \| None, got \[1\]",
+    ),
+    "gamma a word": (
+        {"init_lora_weights": "lora_ga", "lora_ga_config": {"stable_gamma": "x"}},
+        ValueError,
+        "`lora_ga_config`: `stable_gamma` must be int, got 'x'",
+    ),
+    "rho none": (
+        {"init_lora_weights": "eva", "eva_config": {"rho": None}},
+        ValueError,
+        "`eva_config`: `rho` must be float, got None",
+    ),
+    "rho not a number": (
+        {"init_lora_weights": "eva", "eva_config": {"rho": float("nan")}},
+        ValueError,
+        "`rho` should be a finite number",
+    ),
+    "cache a number": (
+        {"init_lora_weights": "corda", "corda_config": {"cache_file": 3}},
+        ValueError,
+        r"`corda_config`: `cache_file` must be str \| None, got 3",
+    ),
+    "loftq mistyped": (
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bit": 4}},
+        ValueError,
+        "`loftq_config` has no field loftq_bit; the fields of LoftQConfig are",
+    ),
+    "loftq bits a list": (
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": [4]}},
+        ValueError,
+        r"`loftq_config`: `loftq_bits` must be int, got \[4\]",
+    ),
+    "loftq a word": (
+        {"init_lora_weights": "loftq", "loftq_config": "4bit"},
+        ValueError,
+        "`loftq_config` must be a LoftQConfig or a dict, got '4bit'",
+    ),
     "lora_bias with an init": ({"lora_bias": True, "init_lora_weights": "pissa"}, ValueError, "lora_bias=True needs"),
 }
 
@@ -183,6 +234,11 @@ def test_each_field_is_accepted_and_survives_json(name: str, tmp_path: Path):
     assert getattr(read, name) == getattr(config, name)
     assert read.to_json() == config.to_json()
     assert get_peft_config(config.to_dict()) == config
+
+
+def test_files_of_corda_may_be_paths(tmp_path: Path):
+    config = LoraConfig(init_lora_weights="corda", corda_config={"cache_file": tmp_path / "cache"})
+    assert json.loads(config.to_json())["corda_config"]["cache_file"] == str(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", [list, tuple, set, frozenset])

@@ -13,6 +13,7 @@ from msft_peft.config import (
     check_patterns,
     check_positive,
     check_probability,
+    check_types,
 )
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.tuners.lora.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
@@ -192,6 +193,8 @@ class LoraConfig(TargetedConfig):
 
     def _settle_sub_configs(self) -> None:
         """Sub-configs as objects, whether they come as such, as dicts from a file, or not at all."""
+        if self.init == "loftq":
+            _made("loftq_config", LoftQConfig, self.loftq_config)
         for name, kind in SUB_CONFIGS.items():
             value = getattr(self, name)
             title = {"eva_config": "EVA", "corda_config": "CorDA"}.get(name)
@@ -245,9 +248,13 @@ def _made(name: str, kind: type, fields: Mapping[str, Any]) -> Any:
     if unknown := sorted(map(str, fields.keys() - {*known})):
         raise ConfigError(f"`{name}` has no field {', '.join(unknown)}; the fields of {kind.__name__} are {known}")
     late = {f.name for f in dataclasses.fields(kind) if not f.init}
-    found = kind(**{key: value for key, value in fields.items() if key not in late})
-    for key in late & fields.keys():
-        setattr(found, key, fields[key])
+    try:
+        found = kind(**{key: value for key, value in fields.items() if key not in late})
+        for key in late & fields.keys():
+            setattr(found, key, fields[key])
+        check_types(found)
+    except ConfigError as error:
+        raise ConfigError(f"`{name}`: {error}") from error
     return found
 
 

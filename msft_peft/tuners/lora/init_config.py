@@ -1,7 +1,9 @@
 """Settings of LoRA's initialisations: HF's fields, defaults and checks."""
 
+import os
 from dataclasses import dataclass
 
+from msft_peft.config import check_finite, check_types
 from msft_peft.errors import ConfigError
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -16,11 +18,17 @@ class LoftQConfig:
         loftq_bits: 4 (NormalFloat in blocks of 64) or 8 (integers, row by row).
         loftq_iter: how often to quantise and to correct in turn.
 
+    Raises:
+        ConfigError: a value that is no number.
+
     Differs: HF notices other numbers only when a model is wrapped, and so does this class: its files may hold them.
     """
 
     loftq_bits: int = 4
     loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass
@@ -36,7 +44,7 @@ class EvaConfig:
         adjust_scaling_factors: change a layer's lora_alpha with its rank, so that lora_alpha / r stays as it was.
 
     Raises:
-        ConfigError: rho below 1, or tau outside [0, 1].
+        ConfigError: rho below 1, tau outside [0, 1], or a value of another type.
 
     Source: Paischer et al. 2024, arXiv:2410.07170.
     """
@@ -49,6 +57,8 @@ class EvaConfig:
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_finite("rho", self.rho)
         if self.rho < 1.0:
             raise ConfigError(f"`rho` must be >= 1.0, got {self.rho}")
         if not 0.0 <= self.tau <= 1.0:
@@ -68,6 +78,9 @@ class CordaConfig:
         use_float16_for_covariance: keep the covariances in half precision.
         prune_temporary_fields: forget the covariances when the decompositions are made.
 
+    Raises:
+        ConfigError: a value of another type.
+
     Source: Yang et al. 2024, arXiv:2406.05223.
     """
 
@@ -77,6 +90,12 @@ class CordaConfig:
     verbose: bool = False
     use_float16_for_covariance: bool = False
     prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("cache_file", "covariance_file"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))  # JSON has no paths
+        check_types(self)
 
 
 @dataclass
@@ -88,9 +107,15 @@ class LoraGAConfig:
         scale: how B is scaled, one of `SCALES`.
         stable_gamma: γ of scale="stable".
 
+    Raises:
+        ConfigError: a value of another type.
+
     Source: Wang et al. 2024, arXiv:2407.05000.
     """
 
     direction: str = "ArB2r"
     scale: str = "stable"
     stable_gamma: int = 16
+
+    def __post_init__(self) -> None:
+        check_types(self)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from msft_peft.config import check_finite, check_positive
+from msft_peft.config import check_finite, check_positive, check_types
 from msft_peft.errors import ConfigError
 
 
@@ -55,6 +55,7 @@ class BdLoraConfig:
         for name in ("target_modules_bd_a", "target_modules_bd_b"):
             if isinstance(getattr(self, name), str):
                 raise ConfigError(f"`{name}` must be a list of strings, got the string {getattr(self, name)!r}")
+        check_types(self)
         both = sorted(set(self.target_modules_bd_a or []) & set(self.target_modules_bd_b or []))
         if both:
             raise ConfigError(
@@ -91,6 +92,7 @@ class VeloraConfig:
         check_positive("num_groups", self.num_groups)
         if self.init_type not in known:
             raise ConfigError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {known}.")
+        check_types(self)
 
 
 @dataclass
@@ -125,6 +127,7 @@ class MontecloraConfig:
         check_positive("num_samples", self.num_samples)
         check_finite("sample_scaler", self.sample_scaler)
         check_finite("kl_loss_weight", self.kl_loss_weight)
+        check_types(self)
 
 
 @dataclass
@@ -160,3 +163,4 @@ class ArrowConfig:
         check_finite("router_temperature", self.router_temperature)
         if self.router_temperature <= 0:
             raise ConfigError(f"`router_temperature` must be greater than 0, got {self.router_temperature}.")
+        check_types(self)
