@@ -113,27 +113,34 @@ from msft_peft.tuners.bitfit import (
 )
 from msft_peft.tuners.boft import (
     BOFTConfig,
+    BOFTModel,
 )
 from msft_peft.tuners.bottleneck_adapter import (
     BottleneckAdapterConfig,
 )
 from msft_peft.tuners.c3a import (
     C3AConfig,
+    C3AModel,
 )
 from msft_peft.tuners.delora import (
     DeloraConfig,
+    DeloraModel,
 )
 from msft_peft.tuners.fourierft import (
     FourierFTConfig,
+    FourierFTModel,
 )
 from msft_peft.tuners.gralora import (
     GraloraConfig,
+    GraloraModel,
 )
 from msft_peft.tuners.hira import (
     HiraConfig,
+    HiraModel,
 )
 from msft_peft.tuners.hra import (
     HRAConfig,
+    HRAModel,
 )
 from msft_peft.tuners.ia3 import (
     IA3Config,
@@ -141,12 +148,15 @@ from msft_peft.tuners.ia3 import (
 )
 from msft_peft.tuners.ln_tuning import (
     LNTuningConfig,
+    LNTuningModel,
 )
 from msft_peft.tuners.loha import (
     LoHaConfig,
+    LoHaModel,
 )
 from msft_peft.tuners.lokr import (
     LoKrConfig,
+    LoKrModel,
 )
 from msft_peft.tuners.lora import (
     ArrowConfig,
@@ -179,24 +189,30 @@ from msft_peft.tuners.low_rank_adapter import (
 )
 from msft_peft.tuners.miss import (
     MissConfig,
+    MissModel,
 )
 from msft_peft.tuners.oft import (
     OFTConfig,
+    OFTModel,
 )
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
 from msft_peft.tuners.randlora import (
     RandLoraConfig,
+    RandLoraModel,
 )
 from msft_peft.tuners.road import (
     RoadConfig,
+    RoadModel,
 )
 from msft_peft.tuners.shira import (
     ShiraConfig,
+    ShiraModel,
 )
 from msft_peft.tuners.trainable_tokens import (
     TrainableTokensConfig,
+    TrainableTokensModel,
 )
 from msft_peft.tuners.vblora import (
     VBLoRAConfig,
@@ -204,6 +220,7 @@ from msft_peft.tuners.vblora import (
 )
 from msft_peft.tuners.vera import (
     VeraConfig,
+    VeraModel,
 )
 
 if TYPE_CHECKING:
@@ -220,10 +237,26 @@ if TYPE_CHECKING:
 discover(tuners)
 discover(prompts)
 PeftType = peft_types()
+# HF's tables, of what is here.
+PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType(name): method.config for name, method in METHODS.items()}
+PEFT_TYPE_TO_TUNER_MAPPING = {
+    PeftType(name): method.tuner or method.prompt or Tuner for name, method in METHODS.items()
+}
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdaLoraCallback",
     "AdaLoraConfig",
     "AdaLoraModel",
@@ -237,27 +270,37 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BOFTModel",
     "BdLoraConfig",
     "BitFitConfig",
     "BottleneckAdapterConfig",
     "C3AConfig",
+    "C3AModel",
     "CPTConfig",
     "CPTEmbedding",
     "ConfigError",
     "CordaConfig",
     "DeloraConfig",
+    "DeloraModel",
     "EvaConfig",
     "FourierFTConfig",
+    "FourierFTModel",
     "GraloraConfig",
+    "GraloraModel",
     "HRAConfig",
+    "HRAModel",
     "HiraConfig",
+    "HiraModel",
     "HubError",
     "IA3Config",
     "IA3Model",
     "KasaConfig",
     "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
+    "LoHaModel",
     "LoKrConfig",
+    "LoKrModel",
     "LoadError",
     "LoadReport",
     "LoftQConfig",
@@ -268,6 +311,7 @@ __all__ = [
     "LowRankAdapterConfig",
     "MergeError",
     "MissConfig",
+    "MissModel",
     "MontecloraConfig",
     "MultitaskPromptEmbedding",
     "MultitaskPromptTuningConfig",
@@ -275,6 +319,7 @@ __all__ = [
     "NoBaseModelError",
     "NoMatchingPeftModuleError",
     "OFTConfig",
+    "OFTModel",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
@@ -297,10 +342,14 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "RandLoraModel",
     "RoadConfig",
+    "RoadModel",
     "ShiraConfig",
+    "ShiraModel",
     "TaskType",
     "TrainableTokensConfig",
+    "TrainableTokensModel",
     "Tuner",
     "TunerLayerStatus",
     "TunerModelStatus",
@@ -308,6 +357,7 @@ __all__ = [
     "VBLoRAModel",
     "VeloraConfig",
     "VeraConfig",
+    "VeraModel",
     "WithRDropLoss",
     "cast_mixed_precision_params",
     "check_hotswap_configs_compatible",

@@ -183,6 +183,11 @@ class PeftConfig:
             raise ConfigError(f"{origin} is no valid {found.__name__}: {error}") from error
 
     @classmethod
+    def from_peft_type(cls, **fields: Any) -> "PeftConfig":
+        """`from_dict` with the fields as arguments."""
+        return cls.from_dict(fields)
+
+    @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike) -> dict[str, Any]:
         """The fields in a JSON file, as they stand there.
 

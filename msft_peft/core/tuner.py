@@ -17,8 +17,8 @@ from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrap
 from msft_peft.core.patch import Patch
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.routing import Routing, invocations, routing_of
-from msft_peft.errors import MergeError, PeftWarning
-from msft_peft.hosts import original
+from msft_peft.errors import ConfigError, MergeError, PeftWarning
+from msft_peft.hosts import as_cell, original
 from msft_peft.registry import method_of
 
 
@@ -28,14 +28,43 @@ class Tuner(nn.Cell):
     Every switch is seen by compiled code too: it ends by dropping the process's compiled graphs, so that the next call
     of the model, of a `ms.jit` step around it or of `Model.train` compiles anew.
 
+    Args:
+        model: the base model; changed in place.
+        peft_config: what to put in, active and trainable; None for a model that has its adapters already. In
+            HF's `{name: config}` the one of `adapter_name` counts.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage, state_dict: see `inject_adapter_in_model`.
+
     Attributes:
         model: the base model.
+
+    Raises:
+        ConfigError: a config of another method than the class is for. For the rest see `inject_adapter_in_model`.
     """
 
-    def __init__(self, model: nn.Cell) -> None:
+    def __init__(
+        self,
+        model: nn.Cell,
+        peft_config: PeftConfig | Mapping[str, PeftConfig] | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict | None = None,
+    ) -> None:
+        cell = as_cell(model)
+        if peft_config is not None:
+            config: Any = peft_config.get(adapter_name) if isinstance(peft_config, Mapping) else peft_config
+            self._check_config(config)
+            inject.inject_adapter_in_model(config, cell, adapter_name, low_cpu_mem_usage, state_dict)
         super().__init__()
-        self.model = model
-        inherit_mode(self, model)
+        self.model = cell
+        inherit_mode(self, cell)
+        if peft_config is not None:
+            inject.settle(self)
+
+    def _check_config(self, config: Any) -> None:
+        wanted = method_of(config).tuner or Tuner
+        if not isinstance(self, wanted):
+            raise ConfigError(f"{type(self).__name__} is not for {config.peft_type} adapters: take {wanted.__name__}")
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         invocation = self.routing.invocation

@@ -215,6 +215,16 @@ class PeftModel(Prompted):
         """The config of `active_adapter`."""
         return self.peft_config[switch.require(self.get_base_model(), self.active_adapters)[0]]
 
+    @property
+    def peft_type(self) -> str | None:
+        """The adapters' method, "LORA" for instance; None once all of them are gone."""
+        return next((str(config.peft_type) for config in self.peft_config.values()), None)
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """The base model's dtype, MindSpore's, under HF's name; None where the model does not tell."""
+        return getattr(self.base_model, "dtype", None)
+
     def get_base_model(self) -> nn.Cell:
         """The base model, adapted layers still in it."""
         return self.base_model.model if self.prompts is None else self.base_model

@@ -10,6 +10,7 @@ from mindspore.common.initializer import Normal
 from msft_peft.backend.ops import at_least_float32
 from msft_peft.config import TargetedConfig, check_bias, check_positive, check_probability
 from msft_peft.core.patch import Patch
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -162,8 +163,13 @@ def _butterfly(features: int, block: int, i: int) -> np.ndarray:
     return np.concatenate([halves[:, 0::2], halves[:, 1::2]], axis=1).reshape(-1)
 
 
+class BOFTModel(Tuner):
+    """The base model with BOFT adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=BOFTConfig,
+    tuner=BOFTModel,
     patches=dict.fromkeys(("dense", "conv2d"), BOFTPatch),
     default_targets=USUAL,
 )

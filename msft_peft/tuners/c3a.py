@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal, Uniform
 from msft_peft.config import TargetedConfig, check_bias, check_patterns, check_positive
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import match_pattern
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -93,8 +94,13 @@ def _init(config: C3AConfig, out: int, inputs: int) -> Any:
     return Uniform(math.sqrt(1 / inputs if config.init_weights == "kaiming_uniform" else 6 / (inputs + out)))
 
 
+class C3AModel(Tuner):
+    """The base model with C3A adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=C3AConfig,
+    tuner=C3AModel,
     patches={"dense": C3APatch},
     default_targets=USUAL | {key: ["mlp.c_proj"] for key in ("gpt2", "gpt_bigcode")},
     identity_at_init=False,

@@ -16,6 +16,7 @@ from msft_peft.config import (
 )
 from msft_peft.core.patch import Patch, he_uniform
 from msft_peft.core.targets import match_pattern
+from msft_peft.core.tuner import Tuner
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
@@ -97,8 +98,13 @@ class DeloraPatch(Patch):
         return ops.mul(ops.matmul(self.delora_B, a), self.delora_w_norm)
 
 
+class DeloraModel(Tuner):
+    """The base model with Delora adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=DeloraConfig,
+    tuner=DeloraModel,
     patches={"dense": DeloraPatch},
     default_targets=USUAL,
 )

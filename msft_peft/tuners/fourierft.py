@@ -12,6 +12,7 @@ from msft_peft.backend.torch_random import TorchGenerator
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_patterns, check_positive, check_seed
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import match_pattern
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -86,8 +87,13 @@ class FourierFTPatch(Patch):
         return ops.cast(ops.mul(ops.real(ops.ifft2(whole)), self.factor), self.dtype)
 
 
+class FourierFTModel(Tuner):
+    """The base model with FourierFT adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=FourierFTConfig,
+    tuner=FourierFTModel,
     patches={"dense": FourierFTPatch},
     default_targets=USUAL | {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]},
     identity_at_init=False,

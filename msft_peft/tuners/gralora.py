@@ -9,6 +9,7 @@ from mindspore.common.initializer import Uniform
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability
 from msft_peft.core.patch import Patch, he_uniform
 from msft_peft.core.scale import Scale
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -114,8 +115,13 @@ class GraloraPatch(Patch):
         return ops.mul(delta, self.scale.value)
 
 
+class GraloraModel(Tuner):
+    """The base model with Gralora adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=GraloraConfig,
+    tuner=GraloraModel,
     patches={"dense": GraloraPatch},
     default_targets=USUAL,
 )

@@ -8,6 +8,7 @@ from mindspore.common.initializer import Initializer, Normal
 from msft_peft.config import TargetedConfig, check_patterns, check_positive, check_probability
 from msft_peft.core.patch import Patch, he_uniform
 from msft_peft.core.targets import match_pattern
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -115,8 +116,13 @@ def _init_of_a(config: HiraConfig, r: int) -> Initializer:
     return Normal(1 / r) if config.init_weights == "gaussian" else he_uniform()
 
 
+class HiraModel(Tuner):
+    """The base model with Hira adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=HiraConfig,
+    tuner=HiraModel,
     patches={"embedding": HiraEmbeddingPatch} | dict.fromkeys(("dense", "conv1d", "conv2d", "conv3d"), HiraPatch),
     default_targets=USUAL,
     mixed=True,

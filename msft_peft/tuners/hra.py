@@ -11,6 +11,7 @@ from mindspore.common.initializer import initializer
 from msft_peft.backend.ops import at_least_float32
 from msft_peft.config import TargetedConfig, check_bias, check_positive
 from msft_peft.core.patch import Patch, he_uniform
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -113,8 +114,13 @@ def _pairs(size: int, r: int) -> np.ndarray:
     return np.repeat(half, 2, axis=1)
 
 
+class HRAModel(Tuner):
+    """The base model with HRA adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=HRAConfig,
+    tuner=HRAModel,
     patches=dict.fromkeys(("dense", "conv2d"), HRAPatch),
     default_targets=USUAL,
 )

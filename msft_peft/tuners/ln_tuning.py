@@ -8,6 +8,7 @@ from mindspore import Parameter, Tensor, ops
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.config import TargetedConfig
 from msft_peft.core.patch import Patch, Reference
+from msft_peft.core.tuner import Tuner
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import NORMS
@@ -91,8 +92,13 @@ class LNTuningNormPatch(LNTuningPatch):
         return ops.add(y, ops.sub(self.copy.cell(x), self.site.layer(x)))
 
 
+class LNTuningModel(Tuner):
+    """The base model with trained norms in it, and the switches over them."""
+
+
 METHOD = Method(
     config=LNTuningConfig,
+    tuner=LNTuningModel,
     patches=dict.fromkeys(("dense", "embedding", "conv1d", "conv2d", "conv3d"), LNTuningPatch)
     | {"norm": LNTuningNormPatch},
     default_targets=NORMS,

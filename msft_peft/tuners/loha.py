@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mindspore import Tensor, ops
 
 from msft_peft.core.patch import he_uniform
+from msft_peft.core.tuner import Tuner
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
@@ -61,8 +62,13 @@ class LoHaPatch(LycorisPatch):
         return ops.reshape(ops.mul(one, other), self.site.shape)
 
 
+class LoHaModel(Tuner):
+    """The base model with LoHa adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=LoHaConfig,
+    tuner=LoHaModel,
     patches=dict.fromkeys(("dense", "conv1d", "conv2d"), LoHaPatch),
     default_targets=USUAL,
     mixed=True,

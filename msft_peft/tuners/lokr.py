@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mindspore import Tensor, ops
 
 from msft_peft.core.patch import he_uniform
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -123,8 +124,13 @@ def _inits(init_weights: bool | str) -> tuple[object, object]:
     return ("zeros" if init_weights else he_uniform()), he_uniform()
 
 
+class LoKrModel(Tuner):
+    """The base model with LoKr adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=LoKrConfig,
+    tuner=LoKrModel,
     patches=dict.fromkeys(("dense", "conv1d", "conv2d"), LoKrPatch),
     default_targets=USUAL,
     mixed=True,

@@ -6,6 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from msft_peft.config import TargetedConfig, check_bias, check_positive, check_probability
 from msft_peft.core.patch import Patch, he_uniform
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -116,8 +117,13 @@ class BatPatch(Patch):
         return ops.reshape(ops.transpose(parts, (1, 2, 0, 3)), w.shape), b
 
 
+class MissModel(Tuner):
+    """The base model with Miss adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=MissConfig,
+    tuner=MissModel,
     patches={"dense": MissPatch},
     variants={"bat": {"dense": BatPatch}},
     default_targets=USUAL,

@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal
 from msft_peft.backend.ops import at_least_float32
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability
 from msft_peft.core.patch import Patch
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -212,8 +213,13 @@ def _division(path: str, features: int, config: OFTConfig) -> tuple[int, int]:
     return (features // fitting, fitting) if config.r else (fitting, features // fitting)
 
 
+class OFTModel(Tuner):
+    """The base model with OFT adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=OFTConfig,
+    tuner=OFTModel,
     patches={"dense": OFTPatch, "conv2d": OFTPatch, "embedding": OFTEmbeddingPatch},
     default_targets=USUAL,
 )

@@ -14,6 +14,7 @@ from msft_peft.backend.torch_random import TorchGenerator, rounded_to_bfloat16
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability, check_seed
 from msft_peft.core.keys import BASE, PREFIX
 from msft_peft.core.patch import Shared
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError, LoadError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -172,8 +173,13 @@ def unpack(config: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     return found
 
 
+class RandLoraModel(Tuner):
+    """The base model with RandLora adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=RandLoraConfig,
+    tuner=RandLoraModel,
     patches={"dense": RandLoraPatch},
     shared=RandLoraBases,
     default_targets=USUAL,

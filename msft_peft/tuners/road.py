@@ -7,6 +7,7 @@ from mindspore.common.initializer import Normal
 
 from msft_peft.config import TargetedConfig
 from msft_peft.core.patch import Patch
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -104,8 +105,13 @@ class RoadPatch(Patch):
         return w, b if b is None else self.after(b, b)
 
 
+class RoadModel(Tuner):
+    """The base model with Road adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=RoadConfig,
+    tuner=RoadModel,
     patches={"dense": RoadPatch},
     default_targets=USUAL,
     mixed=True,

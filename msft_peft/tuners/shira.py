@@ -14,6 +14,7 @@ from msft_peft.backend.torch_random import TorchGenerator
 from msft_peft.config import TargetedConfig, check_positive
 from msft_peft.core.patch import Patch
 from msft_peft.core.scale import Scale
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
@@ -116,8 +117,13 @@ def _places(site: Site, config: ShiraConfig, count: int) -> np.ndarray:
     return found
 
 
+class ShiraModel(Tuner):
+    """The base model with Shira adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=ShiraConfig,
+    tuner=ShiraModel,
     patches={"dense": ShiraPatch},
     default_targets=USUAL | {"phi": ["q_proj", "v_proj"]},
     mixed=True,

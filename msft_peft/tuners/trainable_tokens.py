@@ -12,6 +12,7 @@ from msft_peft.config import PeftConfig, TargetedConfig
 from msft_peft.core.layer import site_of
 from msft_peft.core.patch import Patch, Reference
 from msft_peft.core.tied import Tied
+from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site, input_table
 from msft_peft.registry import Method
@@ -188,8 +189,13 @@ def _tied_head(
     return {tied.head.path: TrainableTokensTiedPatch(tied.head, config, autocast, source)}
 
 
+class TrainableTokensModel(Tuner):
+    """The base model with trainable tokens in it, and the switches over them."""
+
+
 METHOD = Method(
     config=TrainableTokensConfig,
+    tuner=TrainableTokensModel,
     patches=dict.fromkeys(("embedding", "dense"), TrainableTokensPatch),
     find_targets=_table,
     extras=_tied_head,

@@ -10,6 +10,7 @@ from mindspore.common.initializer import Constant, Normal
 from msft_peft.backend.torch_random import TorchGenerator
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability, check_seed
 from msft_peft.core.patch import Shared
+from msft_peft.core.tuner import Tuner
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
@@ -106,8 +107,13 @@ def _kaiming_uniform(generator: TorchGenerator, shape: tuple[int, int]) -> np.nd
     return generator.uniform(shape, -bound, bound)
 
 
+class VeraModel(Tuner):
+    """The base model with Vera adapters in it, and the switches over them."""
+
+
 METHOD = Method(
     config=VeraConfig,
+    tuner=VeraModel,
     patches={"dense": VeraPatch},
     shared=VeraProjections,
     default_targets=USUAL | {"phi": ["q_proj", "v_proj"]},

@@ -52,7 +52,10 @@ def test_both_readmes_say_the_same():
     def skeleton(text):
         code = [re.sub(r"#.*", "", block) for block in re.findall(r"```\w+\n(.*?)```", text, re.DOTALL)]
         links = [link for link in re.findall(r"\]\((.*?)\)", text) if not link.startswith("README")]
-        return code, sorted(links), len(re.findall(r"^## ", text, re.MULTILINE))
+        prose = re.sub(r"```\w+\n.*?```", "", text, flags=re.DOTALL)
+        parts = re.split(r"\n\s*\n|\n(?=[-|#])", prose)
+        names = [sorted(found) for part in parts if (found := re.findall(r"`([^`]+)`", part))]
+        return code, names, sorted(links), len(re.findall(r"^## ", text, re.MULTILINE))
 
     assert skeleton(english) == skeleton(chinese)
 

@@ -422,3 +422,22 @@ def test_warnings_have_their_kind_and_text(name):
     assert len(mine) == len(hf) == 1
     assert issubclass(mine[0][0], hf[0][0])
     assert mine[0][1].split(".")[0] == hf[0][1].split(".")[0]
+
+
+def test_the_tables_of_classes_are_hfs():
+    """What is here has HF's names; all that is not is known by name."""
+    from msft_peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from msft_peft.config import NOT_BUILT
+
+    for table, name in (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, "PEFT_TYPE_TO_CONFIG_MAPPING"),
+        (PEFT_TYPE_TO_TUNER_MAPPING, "PEFT_TYPE_TO_TUNER_MAPPING"),
+    ):
+        theirs = {key.value: kind.__name__ for key, kind in getattr(peft, name).items()}
+        ours = {key.value: kind.__name__ for key, kind in table.items()}
+        assert {key: name for key, name in ours.items() if key in theirs} == {
+            key: name for key, name in theirs.items() if key not in NOT_BUILT
+        }
+        assert all(theirs[key].startswith(start) for key, start in NOT_BUILT.items())
+    ours = {task: kind.__name__ for task, kind in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}
+    assert ours == {str(task): kind.__name__ for task, kind in peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}

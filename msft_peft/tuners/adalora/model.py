@@ -24,12 +24,12 @@ class AdaLoraModel(Tuner):
     own. HF fails on a loss when only frozen adapters are there.
     """
 
-    def __init__(self, model: nn.Cell) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Cell, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self._allocators: dict[str, RankAllocator] = {}
         self._kept: Reference | None = None
         # transformers' outputs are dicts of classes of their own; never compiled.
-        self.classed_outputs = original(model) is not model
+        self.classed_outputs = original(self.model) is not self.model
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.model(*args, **kwargs)
