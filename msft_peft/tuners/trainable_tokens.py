@@ -18,6 +18,8 @@ from msft_peft.hosts import Site, input_table
 from msft_peft.registry import Method
 
 DELTA = "trainable_tokens_delta"
+# In a snapshot: the base weight's rows.
+_TABLE = "table"
 
 
 @dataclass
@@ -79,34 +81,56 @@ class TokensPatch(Patch):
         indices, key = self.place
         rows = as_float32(to_numpy(site.weight)[indices])
         self.delta = self.weight(key, rows.shape, rows, attribute="delta")
-        self._remember(rows)
+        self._remember()
 
-    def _remember(self, rows: np.ndarray) -> None:
+    def _remember(self) -> None:
         indices, _ = self.place
         # Each row's place among the new ones; one past the last, where a row of zeros stands, if it is none of them.
         places = np.full(self.site.shape[0], len(indices), np.int32)
         places[indices] = np.arange(len(indices))
-        self.places, self.original = Tensor(places), Tensor(rows, self.dtype)
-        self.nothing = Tensor(np.zeros((1, rows.shape[1])), self.dtype)
+        self.places, self.indices = Tensor(places), Tensor(np.array(indices, np.int32))
+        self.nothing = Tensor(np.zeros((1, self.site.shape[1])), self.dtype)
 
     def rows(self) -> Tensor:
         """(len(indices), dim): the new rows."""
         return self.delta
 
-    def change(self) -> Tensor:
-        """(len(indices) + 1, dim): what the rows gain; the last one stands for all others."""
+    def change(self, table: Tensor) -> Tensor:
+        """(len(indices) + 1, dim): what the rows gain on those of `table`; the last one stands for all others."""
         rows = self.rows()
         # `cast_adapter_dtype` may have given the rows another dtype than they had at first.
-        gained = ops.sub(rows, ops.cast(self.original, rows.dtype))
+        gained = ops.sub(rows, ops.cast(ops.gather(table, self.indices, 0), rows.dtype))
         return ops.concat((gained, ops.cast(self.nothing, rows.dtype)), 0)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
+        # Not `base_weight()`, which casts the whole table.
+        change = self.change(getattr(self.site.layer, self.site.weight_name))
         if self.site.kind == "embedding":
-            return ops.add(y, ops.gather(self.change(), ops.gather(self.places, x, 0), 0))
-        return ops.add(y, ops.gather(self.op(self.cast(x), self.change()), self.places, -1))
+            return ops.add(y, ops.gather(change, ops.gather(self.places, x, 0), 0))
+        return ops.add(y, ops.gather(self.op(self.cast(x), change), self.places, -1))
 
     def delta_weight(self) -> Tensor:
-        return ops.gather(self.change(), self.places, 0)
+        # bfloat16 has no gather on CPU.
+        return ops.gather(self.change(self.base_weight()), self.places, 0)
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        # Once the rows are merged, the base weight no longer tells what they gained on.
+        return super().snapshot() | {_TABLE: as_float32(to_numpy(self.site.weight)[self.place[0]])}
+
+    def restore(self, values: Mapping[str, np.ndarray]) -> None:
+        super().restore({attribute: value for attribute, value in values.items() if attribute != _TABLE})
+
+    def delta_of(self, values: Mapping[str, np.ndarray]) -> Tensor:
+        delta = np.zeros(self.site.shape, np.float32)
+        delta[self.place[0]] = as_float32(values["delta"]) - values[_TABLE]
+        return Tensor(delta)
+
+    def meet(self, others: Mapping[str, Patch]) -> None:
+        # What another merged into these rows is not what they gain on.
+        mine = {*self.place[0]}
+        self.reads_base = any(
+            not isinstance(other, TokensPatch) or mine & {*other.place[0]} for other in others.values()
+        )
 
 
 class TiedTokensPatch(TokensPatch):
@@ -119,7 +143,7 @@ class TiedTokensPatch(TokensPatch):
         super().__init__(site, config, autocast, *source.place)
 
     def setup(self, site: Site, config: Any) -> None:
-        self._remember(as_float32(to_numpy(site.weight)[self.place[0]]))
+        self._remember()
 
     def rows(self) -> Tensor:
         return self.source.cell.delta

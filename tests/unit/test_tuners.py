@@ -18,6 +18,7 @@ from msft_peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MergeError,
     MissConfig,
     OFTConfig,
     RoadConfig,
@@ -279,6 +280,31 @@ def test_tokens_of_a_language_model_and_its_tied_head(tied: bool, mode: str):
     assert differ(adapted[:, 0, 9], fresh[:, 0, 9]) == tied
     model.merge_adapter()
     assert_same(model(input_ids=tokens)["logits"], adapted, "merge")
+
+
+def test_rows_stay_what_they_are_when_the_table_is_loaded_anew(mode: str):
+    net = nets.Embedding()
+    model = get_peft_model(net, TrainableTokensConfig(target_modules=["emb"], token_indices=[8, 6]))
+    layer = layers_of(model)[0]
+    layer.weight.copy_(layer.weight + 1)
+    rows = layer.trainable_tokens_delta["default"]
+    assert_same(layer(Tensor([8, 6], ms.int32)), rows)
+    model.merge_adapter()
+    assert_same(array(layer.weight)[[8, 6]], rows)
+
+
+def test_tokens_merge_one_after_another_where_they_do_not_overlap():
+    model = get_peft_model(nets.Embedding(), TrainableTokensConfig(target_modules=["emb"], token_indices=[8, 6]))
+    for name, indices in (("apart", [5]), ("over", [6])):
+        model.add_adapter(name, TrainableTokensConfig(target_modules=["emb"], token_indices=indices))
+    model.delete_adapter("over")
+    for name in ("default", "apart"):
+        model.merge_adapter([name])
+    model.unmerge_adapter()
+    model.add_adapter("over", TrainableTokensConfig(target_modules=["emb"], token_indices=[6]))
+    model.merge_adapter(["default"])
+    with pytest.raises(MergeError, match="over depends on the base weight of emb"):
+        model.merge_adapter(["over"])
 
 
 def test_tokens_may_begin_at_random():
