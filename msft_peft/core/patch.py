@@ -139,7 +139,8 @@ class Patch(Weights):
         alone: where it is `residual`: it goes with no other adapter, and a warning says so.
         auxiliary: it is no update of a target layer, but something beside those.
         reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
-        reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are not asked.
+        reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are asked only where the
+            layer also serves another method, or other rows of a batch.
         replaces: while it acts alone, `instead` is asked for the layer's output, and the base layer is not run.
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.

@@ -1,6 +1,8 @@
 """BOFT: inputs are rotated by a product of sparse rotations, as in a butterfly network, and outputs scaled."""
 
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ from msft_peft.backend.ops import at_least_float32
 from msft_peft.config import TargetedConfig, check_bias, check_positive, check_probability
 from msft_peft.core.patch import Patch
 from msft_peft.core.tuner import Tuner
-from msft_peft.errors import ConfigError
+from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
@@ -29,7 +31,7 @@ class BOFTConfig(TargetedConfig):
         boft_dropout: probability that a block is left unrotated in a training step.
         fan_in_fan_out: the target layers store (in, out), as GPT-2's `Conv1D`; corrected with a warning if wrong.
         bias: "none", "all" or "boft_only": which biases of the base model are trained.
-        init_weights: begin as the identity; False draws the rotations from N(0, 0.1²) and the scales from N(1, 0.1²).
+        init_weights: begin as the identity; False draws the rotations from N(0, 0.1) and the scales from N(1, 0.1).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     Raises:
@@ -167,9 +169,26 @@ class BOFTModel(Tuner):
     """The base model with BOFT adapters in it, and the switches over them."""
 
 
+def unpack(config: BOFTConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rotations that a file lacks are the identity: HF without CUDA writes one, whatever number the config says."""
+    wanted, found = config.boft_n_butterfly_factor, dict(arrays)
+    short = [key for key, array in arrays.items() if "boft_R" in key and array.ndim == 4 and len(array) < wanted]
+    for key in short:
+        found[key] = np.pad(arrays[key], [(0, wanted - len(arrays[key])), *[(0, 0)] * 3])
+    if short:
+        warnings.warn(
+            f"boft_n_butterfly_factor={wanted}, and the file has {len(arrays[short[0]])}, as HF peft writes it "
+            "without its CUDA kernel: the others begin as the identity.",
+            PeftWarning,
+            stacklevel=4,
+        )
+    return found
+
+
 METHOD = Method(
     config=BOFTConfig,
     tuner=BOFTModel,
     patches=dict.fromkeys(("dense", "conv2d"), BOFTPatch),
     default_targets=USUAL,
+    unpack=unpack,
 )

@@ -36,7 +36,8 @@ class C3AConfig(TargetedConfig):
         ConfigError: a value out of range.
 
     Source: Chen et al. 2024, arXiv:2407.19342, §3.
-    Differs: HF fails with two active adapters; here they add up. `exclude_modules` works here.
+    Differs: HF fails with two active adapters; here they add up. `exclude_modules` and GPT-2's
+        `Conv1D` work here.
     """
 
     beyond_hf = ("exclude_modules",)

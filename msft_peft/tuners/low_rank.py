@@ -7,7 +7,7 @@ from msft_peft.core.patch import Patch
 
 
 class LowRankPatch(Patch):
-    """y = W·x + b + B·A·x. A method writes `factors`, and sets `r` and `drop` in `setup`."""
+    """y = W·x + b + B·A·x. A method writes `factors`, and sets `r` and `dropout` in `setup`."""
 
     r: int
 

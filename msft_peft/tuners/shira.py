@@ -35,7 +35,8 @@ class ShiraConfig(TargetedConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: see `TargetedConfig`.
 
     Attributes:
-        mask_fn: (layer, r, random_seed=...) -> a mask (out, in) of zeros and r·(out + in) ones; None for "random".
+        mask_fn: (layer, r) or, with `mask_type="random"`, (layer, r, random_seed=...) -> a mask (out, in) of zeros and
+            r·(out + in) ones; None for HF's random one.
 
     Raises:
         ConfigError: `r` is no positive number.
@@ -101,12 +102,13 @@ def _places(site: Site, config: ShiraConfig, count: int) -> np.ndarray:
         if config.mask_type != "random" and not config.inference_mode:
             raise ConfigError(
                 f"mask_type={config.mask_type!r} is not 'random', so that the mask must come from you: set "
-                "config.mask_fn to a function of (layer, r, random_seed) that gives a mask (out, in)."
+                "config.mask_fn to a function of (layer, r) that gives a mask (out, in)."
             )
         # Places of an adapter that is about to be loaded come from its file.
         drawn = TorchGenerator(config.random_seed).permutation(out * inputs, count)
         return np.stack(np.divmod(np.sort(drawn), inputs))
-    mask = config.mask_fn(site.layer, config.r, random_seed=config.random_seed)
+    seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+    mask = config.mask_fn(site.layer, config.r, **seed)
     mask = mask if isinstance(mask, np.ndarray) else to_numpy(mask)
     found = np.stack(np.nonzero(mask == 1))
     if mask.shape != (out, inputs) or found.shape[1] != count:

@@ -89,7 +89,7 @@ class VectorBank(Shared):
 class VBLoRAPatch(LowRankPatch):
     """ΔW = B·A, each part of a row of A or a column of B a mixture of the k bank vectors whose logits are highest.
 
-    Weights, drawn from N(0, init_logits_std²):
+    Weights, drawn from N(0, init_logits_std):
         vblora_logits_A (r, in / length, vectors).
         vblora_logits_B (out / length, r, vectors).
     """

@@ -1,12 +1,15 @@
 """BOFT with several factors, which HF can compute on CUDA only: here with a stand-in for its kernel."""
 
+import mindspore as ms
 import peft
 import pytest
 import torch
 from peft.tuners.boft import layer as hf_boft
 
+from msft_peft import PeftWarning
+
 from . import ours, theirs
-from .cases import compare, other
+from .cases import compare, other, same
 
 
 class Kernel:
@@ -41,3 +44,13 @@ def test_a_convolution_with_several_factors(tmp_path, monkeypatch):
     case = other("BOFT", "butterfly_conv", "conv2d_square", "conv1", boft_block_size=2, boft_n_butterfly_factor=2)
     weights, x, target, hf = theirs.write(case, tmp_path, 1)
     compare(ours.record(ours.load(case, weights, tmp_path), x, target), hf)
+
+
+def test_a_file_with_fewer_factors_than_its_config_says(tmp_path):
+    """As HF writes it without its CUDA kernel."""
+    case = other("BOFT", "cpu", "mlp", "lin1", boft_block_size=2, boft_n_butterfly_factor=2)
+    weights, x, _, hf = theirs.write(case, tmp_path, 1)
+    with pytest.warns(PeftWarning, match="boft_n_butterfly_factor=2, and the file has 1"):
+        mine = ours.load(case, weights, tmp_path)
+    same("output", mine(ms.Tensor(x)).asnumpy(), hf.output)
+    assert mine.base_model.model.lin1.boft_R["default"].shape[0] == 2

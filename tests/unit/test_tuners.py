@@ -313,19 +313,25 @@ def test_tokens_may_begin_at_random():
     assert differ(p, array(nets.Embedding().emb.embedding_table)[[1]])
 
 
-def test_shira_takes_a_mask_of_your_own():
-    def mask(layer: nn.Cell, r: int, random_seed: int | None) -> np.ndarray:
-        found = np.zeros(layer.weight.shape)
+@pytest.mark.parametrize("settings", [{"mask_type": "last"}, {"mask_type": "random", "random_seed": 4}])
+def test_shira_takes_a_mask_of_your_own(settings: dict[str, Any]):
+    """It is told the seed where HF tells it."""
+    told: list[dict[str, Any]] = []
+
+    def mask(base_layer: nn.Cell, r: int, **kwargs: Any) -> np.ndarray:
+        told.append(kwargs)
+        found = np.zeros(base_layer.weight.shape)
         found.flat[-r * sum(found.shape) :] = 1
         return found
 
-    config = ShiraConfig(target_modules=["lin0"], r=1, mask_type="last")
+    config = ShiraConfig(target_modules=["lin0"], r=1, **settings)
     config.mask_fn = mask
     model = get_peft_model(nets.Dense(), config)
     shake(weights_of(model, "default"))
     delta = array(layers_of(model)[0].adapters["default"].delta_weight()).ravel()
     assert np.flatnonzero(delta).tolist() == list(range(48 - 14, 48))
-    config.mask_fn = lambda layer, r, random_seed: np.ones((8, 6))
+    assert told == [{key: value for key, value in settings.items() if key == "random_seed"}]
+    config.mask_fn = lambda base_layer, r, **kwargs: np.ones((8, 6))
     with pytest.raises(ValueError, match=r"a mask of shape \(8, 6\) with 48 ones"):
         get_peft_model(nets.Dense(), config)
 
