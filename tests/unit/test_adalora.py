@@ -37,8 +37,8 @@ BAD = {
     "dora": ({"use_dora": True}, "ADALORA does not support DoRA"),
     "pattern": ({"rank_pattern": {"lin0.lora_E": 3}}, "must be a list of True and False, got 3"),
     "short pattern": ({"rank_pattern": {"lin0.lora_E": [True]}}, "must say it of init_r = 4 ranks, got 1"),
-    "steps": ({"total_step": "x"}, "`total_step` should be a finite number"),
-    "first steps": ({"tinit": "x"}, "`tinit` should be a finite number"),
+    "steps": ({"total_step": "x"}, "`total_step` must be int"),
+    "first steps": ({"tinit": "x"}, "`tinit` must be int"),
 }
 
 

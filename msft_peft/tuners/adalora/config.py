@@ -77,9 +77,6 @@ class AdaLoraConfig(LoraConfig):
                 )
 
     def _check_schedule(self) -> None:
-        for name in ("total_step", "tinit", "tfinal"):
-            if getattr(self, name) is not None:
-                check_finite(name, getattr(self, name))
         if self.total_step is None or self.total_step <= 0:
             raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
         for name in ("init_r", "target_r", "deltaT"):
