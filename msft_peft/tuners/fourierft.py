@@ -36,6 +36,8 @@ class FourierFTConfig(TargetedConfig):
 
     Raises:
         ConfigError: a value out of range.
+        NotImplementedError: when a model is wrapped: a layer of 214,748,364 numbers or more, for which torch draws
+            otherwise.
 
     Source: Gao et al. 2024, arXiv:2405.03003, §3.
     """

@@ -106,7 +106,8 @@ class RandLoraPatch(LowRankPatch):
         randlora_lambda (r, p): zeros.
         randlora_gamma (p, min(in, out)): one over the larger of these sizes.
 
-    HF pairs the columns of B, product by product, with rows of A that are ordered rank by rank; so it is here.
+    B's columns stand product by product, and the rows of A, λ and γ rank by rank: the t-th column, of product t // r,
+    meets the t-th row, of rank t // p. So it is in HF; the paper has the same product and rank on both sides.
     """
 
     def setup(self, site: Site, config: RandLoraConfig) -> None:

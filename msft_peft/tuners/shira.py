@@ -40,6 +40,8 @@ class ShiraConfig(TargetedConfig):
 
     Raises:
         ConfigError: `r` is no positive number.
+        NotImplementedError: when a model is wrapped: a layer of 214,748,364 numbers or more, for which torch draws
+            otherwise.
 
     Source: Bhardwaj et al. 2024, arXiv:2406.13175, §3.
     Differs: GPT-2's `Conv1D`, `exclude_modules` and `layers_to_transform` work here.
