@@ -6,6 +6,8 @@ w)` is `op(x, w)` for the base weight itself. Weights come in torch's layout. On
 have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
 """
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -39,10 +41,19 @@ class DenseOp(Op):
 
 
 class EmbeddingOp(DenseOp):
-    """y = W[ids] for ids (*) and W (vocabulary, dim)."""
+    """y = c·W[ids] for ids (*) and W (vocabulary, dim).
+
+    Args:
+        scale: c, of layers that scale what they look up (`embed_scale` in transformers).
+    """
+
+    def __init__(self, scale: Any = 1.0) -> None:
+        super().__init__()
+        self.scale = float(scale)
 
     def construct(self, x: Tensor, w: Tensor) -> Tensor:
-        return ops.gather(w, x, 0)
+        y = ops.gather(w, x, 0)
+        return y if self.scale == 1.0 else ops.mul(y, self.scale)
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         y = self.matmul(ops.reshape(h, (-1, h.shape[-1])), w)

@@ -275,6 +275,10 @@ class Patch(Weights):
         """The base weight once another `residual` adapter has given back to it, while this one stays."""
         return w
 
+    def check_values(self, attribute: str, values: np.ndarray) -> None:
+        """Raise LoadError if a weight cannot have these values, of its shape; asked before any are written."""
+        return None
+
     def meet(self, others: Mapping[str, "Patch"]) -> None:
         """Be told of the other adapters at the layer: whenever adapters come, go, are chosen or are loaded."""
 

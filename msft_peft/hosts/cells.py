@@ -32,7 +32,8 @@ def _embedding(cell: nn.Cell, path: str) -> Site:
     name = "embedding_table" if isinstance(cell, nn.Embedding) else "weight"
     table = getattr(cell, name)
     vocabulary, dim = table.shape
-    return Site(path, "embedding", vocabulary, dim, (vocabulary, dim), EmbeddingOp(), cell, weight_name=name)
+    op = EmbeddingOp(getattr(cell, "embed_scale", 1.0))
+    return Site(path, "embedding", vocabulary, dim, (vocabulary, dim), op, cell, weight_name=name)
 
 
 def _per_side(padding: int | tuple[int, ...], dims: int) -> tuple[int, ...]:

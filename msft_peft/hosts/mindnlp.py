@@ -208,7 +208,8 @@ def describe(cell: nn.Cell, path: str) -> Site | None:
     if type(cell.module).__name__ == "Conv1D" and hasattr(cell.module, "nf"):  # transformers' own, of GPT-2
         return Site(path, LINEAR, shape[0], shape[1], shape[::-1], DenseOp(), cell, transposed=True)
     if "Embedding" in names:
-        return Site(path, "embedding", shape[0], shape[1], shape, EmbeddingOp(), cell)
+        op = EmbeddingOp(getattr(cell.module, "embed_scale", 1.0))
+        return Site(path, "embedding", shape[0], shape[1], shape, op, cell)
     norm = next((name for name in names if name in _NORMS), None)
     if norm is not None:
         return Site(path, "norm", shape[-1], shape[-1], shape, DenseOp(), cell, channel_axis=_NORMS[norm])

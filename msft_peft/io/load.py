@@ -116,7 +116,11 @@ class Fit:
 
 
 def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
-    """Compare tensors with what `adapter` needs, in the model or still outside it; nothing is written."""
+    """Compare tensors with what `adapter` needs, in the model or still outside it; nothing is written.
+
+    Raises:
+        LoadError: two tensors have the same key, or a weight cannot have the values that it is given.
+    """
     prefix = adapter.prefix
     entries = {in_file(prefix, key): named for key, named in adapter.needed(model).items()}
     # A file may also carry the base model's embeddings, see `embeddings_of`.
@@ -130,6 +134,7 @@ def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
             pairs.append((entries[key], arrays[key]))
         else:
             mismatched.append(f"{key}: the file has shape {found}, the model {wanted}")
+    _check_values(pairs, adapter, str(tensors.origin))
     # A tied parameter has several keys, of which one is enough.
     given = {id(entries[key].parameter) for key in entries.keys() & arrays.keys()}
     missing = sorted(key for key, named in entries.items() if key not in arrays and id(named.parameter) not in given)
@@ -167,6 +172,21 @@ def check_rows(fitted: Fit, adapter: Adapter, saved: np.ndarray | None) -> None:
             f"{fitted.report.origin} has other virtual tokens than the network in prompt_encoder.safetensors makes: "
             "the files are not of one adapter. Load it with is_trainable=False, or delete the latter."
         )
+
+
+def _check_values(pairs: Iterable[tuple[Named, np.ndarray]], adapter: Adapter, origin: str) -> None:
+    owners = {
+        id(getattr(patch, attribute)): (patch, attribute)
+        for patch in adapter.patches.values()
+        for attribute in patch.keys
+    }
+    for named, array in pairs:
+        patch, attribute = owners.get(id(named.parameter), (None, ""))
+        try:
+            if patch is not None:
+                patch.check_values(attribute, array)
+        except LoadError as error:
+            raise LoadError(f"{origin}: {named.key}: {error}. Nothing was changed.") from error
 
 
 def acts(patch: Patch) -> bool | None:

@@ -106,7 +106,7 @@ class HiraEmbeddingPatch(HiraPatch):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         # Only the rows that were looked up. The table's own row, not y, which other adapters may have changed.
-        h = self.op.mix(self.op(x, ops.transpose(self.hira_embedding_A, (1, 0))), self.hira_embedding_B)
+        h = self.op.mix(ops.gather(ops.transpose(self.hira_embedding_A, (1, 0)), x, 0), self.hira_embedding_B)
         return ops.add(y, ops.mul(self.op(x, self.base_weight()), h))
 
 

@@ -15,7 +15,7 @@ from msft_peft.config import TargetedConfig, check_positive
 from msft_peft.core.patch import Patch
 from msft_peft.core.scale import Scale
 from msft_peft.core.tuner import Tuner
-from msft_peft.errors import ConfigError
+from msft_peft.errors import ConfigError, LoadError
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
@@ -86,6 +86,11 @@ class ShiraPatch(Patch):
         self.shira_indices = Parameter(places, name="shira_indices", requires_grad=False)
         self.keys["shira_indices"] = "shira_indices"
         self.fixed.add("shira_indices")
+
+    def check_values(self, attribute: str, values: np.ndarray) -> None:
+        sizes = np.array(self.site.shape)[:, None]
+        if attribute == "shira_indices" and not ((values >= 0) & (values < sizes)).all():
+            raise LoadError(f"there are places that a weight of shape {self.site.shape} does not have")
 
     @property
     def scaling(self) -> Any:

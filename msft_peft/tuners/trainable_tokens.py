@@ -106,7 +106,7 @@ class TokensPatch(Patch):
         # Not `base_weight()`, which casts the whole table.
         change = self.change(getattr(self.site.layer, self.site.weight_name))
         if self.site.kind == "embedding":
-            return ops.add(y, ops.gather(change, ops.gather(self.places, x, 0), 0))
+            return ops.add(y, self.op(ops.gather(self.places, x, 0), change))
         return ops.add(y, ops.gather(self.op(self.cast(x), change), self.places, -1))
 
     def delta_weight(self) -> Tensor:

@@ -6,9 +6,21 @@ from typing import Any
 
 import mindspore as ms
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
-from msft_peft import ConfigError, LoraConfig, MergeError, PeftConfig, PeftType, get_peft_config, get_peft_model
+from msft_peft import (
+    ConfigError,
+    HiraConfig,
+    LNTuningConfig,
+    LoraConfig,
+    MergeError,
+    OFTConfig,
+    PeftConfig,
+    PeftType,
+    TrainableTokensConfig,
+    get_peft_config,
+    get_peft_model,
+)
 from msft_peft.backend.arrays import as_float32
 from msft_peft.config import TargetedConfig
 from msft_peft.core.patch import Patch
@@ -281,3 +293,39 @@ def test_float32_unmerges_what_was_merged_though_the_adapter_has_changed_since()
     model.unmerge_adapter()
     assert_same(array(net.lin0.weight), before)
     assert_same(array(weights_of(model, "default")[0]), now, "exact")
+
+
+class ScaledEmbedding(nn.Embedding):
+    """It scales what it looks up, as the embeddings of Gemma 3, BART and others in transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__(10, 6, embedding_table="normal")
+        self.embed_scale = 8.0
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return super().construct(ids) * self.embed_scale
+
+
+ON_EMBEDDINGS = {
+    "LoRA": LoraConfig(target_modules=["0"], r=2),
+    "DoRA": LoraConfig(target_modules=["0"], r=2, use_dora=True),
+    "HiRA": HiraConfig(target_modules=["0"], r=2),
+    "OFT": OFTConfig(target_modules=["0"], oft_block_size=2),
+    "LN tuning": LNTuningConfig(target_modules=["0"]),
+    "trainable tokens": TrainableTokensConfig(target_modules=["0"], token_indices=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", ON_EMBEDDINGS)
+def test_an_embedding_that_scales(name: str, mode: str):
+    ms.set_seed(5)
+    net = nn.SequentialCell(ScaledEmbedding())
+    ids = Tensor([[1, 2, 3]], ms.int32)
+    plain = array(net(ids))
+    model = get_peft_model(net, ON_EMBEDDINGS[name])
+    assert_same(model(ids), plain, "merge")
+    shake(weights_of(model, "default"))
+    adapted = array(model(ids))
+    assert differ(adapted, plain)
+    model.merge_adapter()
+    assert_same(model(ids), adapted, "merge")

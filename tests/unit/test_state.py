@@ -15,6 +15,7 @@ from msft_peft import (
     LoraConfig,
     NoMatchingPeftModuleError,
     PeftModel,
+    ShiraConfig,
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
@@ -564,3 +565,19 @@ def test_keys_that_name_no_layer_change_nothing(keys: dict):
     with pytest.raises(NoMatchingPeftModuleError, match=r"None of the \d keys in the given state_dict"):
         inject_adapter_in_model(config(modules_to_save=None), net, state_dict=keys)
     assert state_of(net) == before
+
+
+@pytest.mark.parametrize("place", [-1, 5])
+def test_places_that_a_weight_does_not_have(place: int):
+    """Of SHiRA: the kernel that writes there would fail later, with the adapter in the model already."""
+    model = get_peft_model(nets.Dense(), ShiraConfig(target_modules=["lin1"], r=1))
+    state = get_peft_model_state_dict(model)
+    key = "base_model.model.lin1.shira_indices"
+    places = array(state[key]).copy()
+    places[0, 0] = place
+    before = state_of(model)
+    with pytest.raises(
+        LoadError, match=r"lin1\.shira_indices: there are places that a weight of shape \(5, .\) does not"
+    ):
+        set_peft_model_state_dict(model, state | {key: Tensor(places)})
+    assert state_of(model) == before
