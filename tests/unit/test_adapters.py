@@ -138,7 +138,7 @@ def test_bitfit_on_channels(mode: str):
         (lambda: BottleneckAdapterConfig(bottleneck_size=0), "bottleneck_size must be a positive int"),
         (lambda: BottleneckAdapterConfig(placement="both"), "placement must be 'houlsby' or 'pfeiffer'"),
         (lambda: BottleneckAdapterConfig(non_linearity="xx"), "'xx' is no activation"),
-        (lambda: BottleneckAdapterConfig(non_linearity=3), "non_linearity must be a str"),
+        (lambda: BottleneckAdapterConfig(non_linearity=3), "`non_linearity` must be str, got 3"),
         (lambda: BottleneckAdapterConfig(adapter_dropout=1.0), r"must lie in \[0, 1\)"),
         (lambda: BottleneckAdapterConfig(bias="lora_only"), "bias must be 'none' or 'all'"),
         (lambda: LowRankAdapterConfig(low_rank_size=1.5), "low_rank_size must be a positive int"),

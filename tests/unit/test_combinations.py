@@ -270,7 +270,7 @@ def test_an_unloaded_model_is_adapted_again(mode: str):
 
 @pytest.mark.parametrize("tokens", [5, "ab", [1.5], [True], ["a"]])
 def test_invocation_tokens_are_token_ids(tokens: object):
-    with pytest.raises(ConfigError, match="must be a list of token ids"):
+    with pytest.raises(ConfigError, match=r"must be (a list of token ids|list\[int\])"):
         LoraConfig(alora_invocation_tokens=tokens, task_type="CAUSAL_LM")
 
 
@@ -337,9 +337,9 @@ def test_the_only_adapter_may_be_replaced_by_one_of_other_parameters(tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"lora_alpha": "8"}, "`lora_alpha` should be a finite number but the value passed is '8'"),
+        ({"lora_alpha": "8"}, "`lora_alpha` must be float, got '8'"),
         ({"lora_alpha": float("nan")}, "`lora_alpha` should be a finite number"),
-        ({"alpha_pattern": {"q": "b"}}, r"`alpha_pattern\['q'\]` should be a finite number"),
+        ({"alpha_pattern": {"q": "b"}}, r"`alpha_pattern` must be dict\[str, float\], got"),
         ({"lora_dropout": None}, r"`lora_dropout` is a probability in \[0, 1\), got None"),
     ],
 )
@@ -350,5 +350,5 @@ def test_numbers_must_be_numbers(settings: dict, text: str):
 
 def test_indices_of_tokens_must_be_whole_numbers():
     for indices in ({"embed_tokens": 3}, {"embed_tokens": [1.5]}, {"embed_tokens": [True]}):
-        with pytest.raises(ConfigError, match="must be a list of int"):
+        with pytest.raises(ConfigError, match=r"must be (a list of int|list\[int\])"):
             get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=indices))

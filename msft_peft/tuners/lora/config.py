@@ -163,7 +163,7 @@ class LoraConfig(TargetedConfig):
         tokens = self.alora_invocation_tokens
         if tokens == []:
             raise ConfigError("`alora_invocation_tokens` is an empty list: an adapter that waits for nothing")
-        if tokens is not None and (not isinstance(tokens, list | tuple) or not all(type(t) is int for t in tokens)):
+        if tokens is not None and not all(type(token) is int for token in tokens):
             raise ConfigError(f"`alora_invocation_tokens` must be a list of token ids, got {tokens!r}")
 
     @property
