@@ -79,7 +79,7 @@ def test_it_learns_what_the_same_adapter_did_with_other_weights(plain: Case, mod
 
     step = ms.jit(step) if mode == "graph" else step
     losses = [float(array(step(x, target))) for _ in range(30)]
-    assert losses[-1] < 0.3 * losses[0]  # GraLoRA 0.24, the others below 0.1
+    assert losses[-1] < 0.3 * losses[0]  # GraLoRA 0.24, the others below 0.15
     assert_only_the_adapter_moved(model, before, plain.idle)
 
 
