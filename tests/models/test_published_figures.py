@@ -1,7 +1,7 @@
 """Llama-3.2-3B, whole but for the numbers in it: what HF's benchmark says that each method trains and saves there.
 
 The figures are those of HF peft's `method_comparison` (MetaMathQA): exact numbers of trained parameters, and sizes of
-`adapter_model.safetensors` in MiB, to a tenth.
+`adapter_model.safetensors` in MiB, to a tenth; but for the last two sizes, which are our own, and say why.
 """
 
 from pathlib import Path
