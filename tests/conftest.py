@@ -39,8 +39,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what collection made and what lives on: MindSpore calls it at each compilation,
-    and looking through thousands of collected tests each time was a third of the time of a graph test.
+    """Let the garbage collector pass over what collection made.
+
+    MindSpore calls it at every compilation, and to look through ten thousand tests each time was half of what a test
+    in graph mode took.
     """
     gc.collect()
     gc.freeze()
