@@ -84,6 +84,10 @@ class Wrapper(nn.Cell):
         """Take one adapter out; without effect if it has nothing here."""
         raise NotImplementedError
 
+    def inside(self) -> Mapping[str, nn.Cell]:
+        """The cells in which further wrappers may stand, by attribute."""
+        return self._cells
+
     def released(self) -> None:
         """Undo what was done to the layer, when it takes its place again."""
 
@@ -254,6 +258,10 @@ class TunerLayer(Wrapper):
 
     def held(self) -> Mapping[str, nn.Cell]:
         return self.adapters._cells
+
+    def inside(self) -> Mapping[str, nn.Cell]:
+        # There are none among the adapters, of which there may be hundreds.
+        return {"base_layer": self.base_layer}
 
     def add(self, name: str, patch: Patch) -> None:
         """Put an adapter here, inactive; one of the same name is replaced."""
@@ -680,8 +688,7 @@ def _find_wrappers(cell: nn.Cell, path: str, found: list[tuple[str, Wrapper]], s
     seen.add(id(cell))
     if isinstance(cell, Wrapper):
         found.append((path, cell))
-    # There are none among the adapters of a layer, of which there may be hundreds.
-    inside = {"base_layer": cell.base_layer} if isinstance(cell, TunerLayer) else cell._cells
+    inside = cell.inside() if isinstance(cell, Wrapper) else cell._cells
     for key, child in inside.items():
         if child is not None:
             _find_wrappers(child, f"{path}.{key}" if path else key, found, seen)
