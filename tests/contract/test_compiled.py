@@ -77,23 +77,19 @@ MERGES: dict[str, tuple[Callable[[PeftModel], Any], Callable[[PeftModel], Any]]]
 }
 
 
-# What a method's own mathematics has a part in; the rest is the core's bookkeeping.
-OWN = ("set_adapter", "load over", "numbers", "merge", "unmerge")
-
-
 def base_numbers(layer: TunerLayer) -> np.ndarray:
     """The base layer's weight and bias."""
     return np.concatenate([array(p).ravel() for p in (layer.weight, layer.bias) if p is not None])
 
 
 def crossed(options: Iterable[str], cases: Iterable[Case] = tuple(first_cases())) -> pytest.MarkDecorator:
-    """The `KINDS` with each option and caller; every method with what depends on methods, the callers in turn."""
+    """Every method with each option, the callers in turn; the `KINDS` with each option and each caller."""
     found = [
         pytest.param(case, CALLERS[caller], option, id=f"{case.note}-{caller}-{option}")
         for case in cases
         for i, option in enumerate(options)
         for j, caller in enumerate(CALLERS)
-        if case.method.name in KINDS or (option in OWN and j == i % len(CALLERS))
+        if case.method.name in KINDS or j == i % len(CALLERS)
     ]
     return pytest.mark.parametrize(("first", "caller", "name"), found)
 
@@ -145,12 +141,12 @@ def test_the_disabled_block_is_seen_at_both_ends(first: Case, caller: Callable, 
 
 
 def steps() -> list:
-    """Each method with what changes a step; beyond the `KINDS` the two that change it most."""
-    many = ["set_adapter", "disable", "load over", "merge", "delete_adapter", "set both"]
+    """Each method with what changes a step."""
+    names = ["set_adapter", "disable", "load over", "merge", "delete_adapter", "set both"]
     return [
         pytest.param(case, name, id=f"{case.note}-{name}")
         for case in first_cases()
-        for name in (many if case.method.name in KINDS else many[:2])
+        for name in names
         if name != "merge" or case.can_merge
     ]
 
