@@ -16,6 +16,7 @@ from msft_peft.models.attention import attend, heads_first, padding_mask, rememb
 from msft_peft.models.config import BertConfig
 from msft_peft.models.layers import Embedding, LayerNorm, activation, check_length, linear, tanh
 from msft_peft.models.losses import answer_loss, classification_loss, cross_entropy
+from msft_peft.models.outputs import results
 from msft_peft.models.pretrained import PreTrainedModel
 
 
@@ -246,16 +247,6 @@ class BertModel(BertPreTrainedModel):
         self.embeddings._cells["word_embeddings"] = embeddings
 
 
-def _outputs(body, named, loss):
-    """Put a head's results before the hidden states, if these were asked for."""
-    outputs = {} if loss is None else {"loss": loss}
-    for name, value in named.items():
-        outputs[name] = value
-    if "hidden_states" in body:
-        outputs["hidden_states"] = body["hidden_states"]
-    return outputs
-
-
 def head_dropout(config: BertConfig) -> nn.Dropout:
     """The dropout before a classifier."""
     given = config.classifier_dropout
@@ -310,7 +301,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         )
         logits = self.classify(body)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
-        return _outputs(body, {"logits": logits}, loss)
+        return results(body, {"logits": logits}, loss)
 
 
 class BertForTokenClassification(BertPreTrainedModel):
@@ -352,7 +343,7 @@ class BertForTokenClassification(BertPreTrainedModel):
             output_hidden_states,
         )
         logits = self.classifier(self.dropout(body["last_hidden_state"]))
-        return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
+        return results(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
 
 
 class BertForQuestionAnswering(BertPreTrainedModel):
@@ -393,12 +384,12 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             past_key_values,
             output_hidden_states,
         )
-        logits = self.qa_outputs(body["last_hidden_state"])  # (B, T, 2)
+        logits = self.qaresults(body["last_hidden_state"])  # (B, T, 2)
         start, end = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = answer_loss(start, end, start_positions, end_positions)
-        return _outputs(body, {"start_logits": start, "end_logits": end}, loss)
+        return results(body, {"start_logits": start, "end_logits": end}, loss)
 
 
 class BertTransform(nn.Cell):
@@ -492,7 +483,7 @@ class BertForMaskedLM(BertPreTrainedModel):
             output_hidden_states,
         )
         logits = getattr(self, self.head)(body["last_hidden_state"])
-        return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
+        return results(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
 
     def get_output_embeddings(self) -> nn.Cell:
         """Return the decoder of the head."""

@@ -17,6 +17,7 @@ from msft_peft.models.config import ModelConfig
 from msft_peft.models.generation import GenerativeModel
 from msft_peft.models.layers import linear
 from msft_peft.models.losses import answer_loss, classification_loss, cross_entropy, next_token_loss
+from msft_peft.models.outputs import results
 from msft_peft.models.pretrained import PreTrainedModel
 
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
@@ -187,7 +188,7 @@ class CausalLM(GenerativeModel):
         if logits_to_keep > 0:
             x = x[:, -logits_to_keep:]
         logits = self.lm_head(x)
-        return _outputs(body, {"logits": logits}, None if labels is None else next_token_loss(logits, labels))
+        return results(body, {"logits": logits}, None if labels is None else next_token_loss(logits, labels))
 
     def get_output_embeddings(self) -> nn.Cell:
         """Return `lm_head`."""
@@ -258,7 +259,7 @@ class SequenceClassifier(PreTrainedModel):
             last = (row.expand_dims(1) @ x).squeeze(1)  # (B, 1, T) @ (B, T, H)
         logits = self.score(last)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
-        return _outputs(body, {"logits": logits}, loss)
+        return results(body, {"logits": logits}, loss)
 
 
 class TokenClassifier(PreTrainedModel):
@@ -309,7 +310,7 @@ class TokenClassifier(PreTrainedModel):
             output_hidden_states,
         )
         logits = getattr(self, self.head)(self.dropout(body["last_hidden_state"]))
-        return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
+        return results(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
 
 
 class QuestionAnswerer(PreTrainedModel):
@@ -354,20 +355,9 @@ class QuestionAnswerer(PreTrainedModel):
             use_cache,
             output_hidden_states,
         )
-        logits = self.qa_outputs(body["last_hidden_state"])  # (B, T, 2)
+        logits = self.qaresults(body["last_hidden_state"])  # (B, T, 2)
         start, end = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = answer_loss(start, end, start_positions, end_positions)
-        return _outputs(body, {"start_logits": start, "end_logits": end}, loss)
-
-
-def _outputs(body, named, loss):
-    """Put a head's results before what the decoder returned beside its last state."""
-    outputs = {} if loss is None else {"loss": loss}
-    for name, value in named.items():
-        outputs[name] = value
-    for name in ("past_key_values", "hidden_states"):
-        if name in body:
-            outputs[name] = body[name]
-    return outputs
+        return results(body, {"start_logits": start, "end_logits": end}, loss)

@@ -32,6 +32,7 @@ from msft_peft.models.config import MT5Config, T5Config
 from msft_peft.models.generation import Seq2SeqModel
 from msft_peft.models.layers import Embedding, RMSNorm, activation, linear, tanh
 from msft_peft.models.losses import IGNORE, answer_loss, classification_loss, cross_entropy
+from msft_peft.models.outputs import results
 from msft_peft.models.pretrained import PreTrainedModel
 
 
@@ -526,7 +527,7 @@ class T5ForConditionalGeneration(T5PreTrainedModel, Seq2SeqModel):
         if self.tied:
             x = x * self.config.d_model**-0.5
         logits = self.lm_head(x)
-        return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
+        return results(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
 
     def get_output_embeddings(self) -> nn.Cell:
         """Return `lm_head`."""
@@ -535,23 +536,6 @@ class T5ForConditionalGeneration(T5PreTrainedModel, Seq2SeqModel):
     def set_output_embeddings(self, embeddings: nn.Cell) -> None:
         """Put another Cell in the place of `lm_head`."""
         self._cells["lm_head"] = embeddings
-
-
-def _outputs(body, named, loss):
-    """Put a head's results before what the stacks returned beside the last state."""
-    outputs = {} if loss is None else {"loss": loss}
-    for name, value in named.items():
-        outputs[name] = value
-    for name in (
-        "past_key_values",
-        "decoder_hidden_states",
-        "encoder_last_hidden_state",
-        "encoder_hidden_states",
-        "hidden_states",
-    ):
-        if name in body:
-            outputs[name] = body[name]
-    return outputs
 
 
 class T5ClassificationHead(nn.Cell):
@@ -630,7 +614,7 @@ class T5ForSequenceClassification(T5PreTrainedModel):
         x = (last.expand_dims(1) @ x).squeeze(1) / last.sum(-1, keepdims=True)  # (B, 1, T) @ (B, T, H)
         logits = self.classification_head(x)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
-        return _outputs(body, {"logits": logits}, loss)
+        return results(body, {"logits": logits}, loss)
 
 
 class T5ForTokenClassification(T5PreTrainedModel):
@@ -658,7 +642,7 @@ class T5ForTokenClassification(T5PreTrainedModel):
         """
         body = self.transformer(input_ids, attention_mask, inputs_embeds, output_hidden_states)
         logits = self.classifier(self.dropout(body["last_hidden_state"]))
-        return _outputs(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
+        return results(body, {"logits": logits}, None if labels is None else cross_entropy(logits, labels))
 
 
 class T5ForQuestionAnswering(T5PreTrainedModel):
@@ -714,12 +698,12 @@ class T5ForQuestionAnswering(T5PreTrainedModel):
             None,
             output_hidden_states,
         )
-        logits = self.qa_outputs(body["last_hidden_state"])  # (B, T, 2)
+        logits = self.qaresults(body["last_hidden_state"])  # (B, T, 2)
         start_logits, end_logits = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = answer_loss(start_logits, end_logits, start_positions, end_positions)
-        return _outputs(body, {"start_logits": start_logits, "end_logits": end_logits}, loss)
+        return results(body, {"start_logits": start_logits, "end_logits": end_logits}, loss)
 
 
 class MT5Model(T5Model):
