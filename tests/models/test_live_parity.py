@@ -329,7 +329,7 @@ def test_t5_behind_a_prefix(mode, tmp_path):
 def test_t5_buckets_of_distances(both_ways):
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    from msft_peft.models.t5 import distance_buckets
+    from msft_peft.models.t5_stack import distance_buckets
 
     for buckets, farthest in ((32, 128), (8, 16), (16, 20), (64, 500)):
         distance = torch.arange(-farthest - 9, farthest + 10)
