@@ -205,6 +205,10 @@ from msft_peft.tuners.oft import (
     OFTConfig,
     OFTModel,
 )
+from msft_peft.tuners.poly import (
+    PolyConfig,
+    PolyModel,
+)
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
@@ -344,6 +348,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PolyConfig",
+    "PolyModel",
     "PrefixEncoder",
     "PrefixTuningConfig",
     "PromptEmbedding",

@@ -35,7 +35,6 @@ NOT_BUILT = {
     "LILY": "Lily",
     "OSF": "OSF",
     "PEANUT": "Peanut",
-    "POLY": "Poly",
     "PSOFT": "Psoft",
     "PVERA": "Pvera",
     "SHADOW": "Shadow",
