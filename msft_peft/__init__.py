@@ -74,9 +74,19 @@ from msft_peft.model import (
     prepare_model_for_gradient_checkpointing,
     prepare_model_for_kbit_training,
 )
+from msft_peft.prompts.cartridge import (
+    CartridgeConfig,
+    CartridgeEncoder,
+)
 from msft_peft.prompts.cpt import (
     CPTConfig,
     CPTEmbedding,
+)
+from msft_peft.prompts.kv_prefix import (
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
 )
 from msft_peft.prompts.multitask_prompt_tuning import (
     MultitaskPromptEmbedding,
@@ -195,6 +205,10 @@ from msft_peft.tuners.oft import (
     OFTConfig,
     OFTModel,
 )
+from msft_peft.tuners.poly import (
+    PolyConfig,
+    PolyModel,
+)
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
@@ -278,6 +292,8 @@ __all__ = [
     "C3AModel",
     "CPTConfig",
     "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "ConfigError",
     "CordaConfig",
     "DeloraConfig",
@@ -332,6 +348,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PolyConfig",
+    "PolyModel",
     "PrefixEncoder",
     "PrefixTuningConfig",
     "PromptEmbedding",
@@ -362,6 +380,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "check_hotswap_configs_compatible",
     "check_if_peft_model",
+    "compose_cartridge_adapters",
     "convert_to_lora",
     "create_arrow_model",
     "disable_input_dtype_casting",
@@ -375,6 +394,8 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
@@ -385,6 +406,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "rescale_adapter_scale",
     "save_as_lora",
     "set_base_model_state_dict",

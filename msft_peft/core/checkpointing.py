@@ -34,8 +34,9 @@ def set_checkpointing(
             model has prefixes.
     """
     prompts = prompts_of(model)
-    if enabled and prompts is not None and prompts.argument == PREFIX_STATES:
-        raise ConfigError("PREFIX_TUNING does not work with gradient checkpointing.")
+    prefixes = [] if prompts is None else [e for e in prompts.held().values() if e.argument == PREFIX_STATES]
+    if enabled and prefixes:
+        raise ConfigError(f"{prefixes[0].config.peft_type} does not work with gradient checkpointing.")
     unknown = sorted({*(kwargs or {})} - {"use_reentrant"})
     if unknown:
         raise ConfigError(f"gradient_checkpointing_kwargs: {unknown} mean nothing here; only use_reentrant is known.")

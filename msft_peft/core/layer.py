@@ -267,6 +267,7 @@ class TunerLayer(Wrapper):
         """Put an adapter here, inactive; one of the same name is replaced."""
         self.discard(name)
         self.adapters[name] = patch.set_train(self.training)
+        patch.routing = self.routing
         for holder, attribute, key in () if patch.rides else patch.placed():
             place, rest = place_of(key)
             if place not in self.views:

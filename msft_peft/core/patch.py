@@ -133,6 +133,7 @@ class Patch(Weights):
         site: where it sits.
         op: how the layer there applies a weight.
         shared: what it shares with the adapter's other Patches, if the method has such weights.
+        routing: what all adapted layers of the model know in a forward pass, see `core.routing`; in the model only.
         leads: it is the one at whose layer the shared weights stand in the tree.
         residual: the base weight gives up what the fresh adapter adds, so that the model's output stays as it was; it
             is given back when the adapter is taken out.
@@ -163,6 +164,7 @@ class Patch(Weights):
     invocation: tuple[int, ...] | None = None
     constants = 0
     casts_input = True
+    routing: Any = None
 
     def __init__(
         self,
@@ -305,7 +307,7 @@ def he_uniform() -> Initializer:
 
 
 # What HF's modules call the tensors of their own.
-_OWN = ("weight", "bias", "std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights")
+_OWN = ("weight", "bias", "std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights", "module_logits")
 
 
 def place_of(key: str) -> tuple[str, str]:

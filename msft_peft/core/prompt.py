@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, Normal, initializer
 
-from msft_peft.backend.arrays import FLOAT_DTYPES, as_float32, to_numpy
+from msft_peft.backend.arrays import FLOAT_DTYPES, as_float32, to_numpy, write
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PromptLearningConfig, TaskType
 from msft_peft.core.layer import Wrapper, outer_cells
@@ -106,14 +106,35 @@ class VirtualTokens(nn.Cell):
     def stored(self) -> dict[str, Named]:
         """What HF's files hold, by their keys; `local` is the path below this Cell."""
         if not self.reparametrised:
-            p = self.embedding.weight
-            return {"prompt_embeddings": Named("prompt_embeddings", "embedding.weight", p, tuple(p.shape))}
+            parts = self.parts()
+            keys = parts if len(parts) > 1 else ["prompt_embeddings"]
+            return {key: Named(key, path, p, tuple(p.shape)) for key, (path, p) in zip(keys, parts.items())}
         rows = Parameter(Tensor(self.rows()), name="prompt_embeddings", requires_grad=False)
         return {"prompt_embeddings": Named("prompt_embeddings", "prompt_embeddings", rows, tuple(rows.shape))}
 
     def own(self) -> dict[str, Named]:
         """All its parameters, by their keys in the file that training goes on from."""
         return {f"prompt_encoder.{named.key}": named for named in named_parameters(self)}
+
+    def parts(self) -> dict[str, Parameter]:
+        """The weights that are the rows, one after another, by their paths; where no others make them."""
+        return {"embedding.weight": self.embedding.weight}
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor | np.ndarray) -> None:
+        """Write the rows, (tokens, width), in place: compiled code sees it.
+
+        Raises:
+            ConfigError: they have another shape, or other weights make the rows.
+        """
+        if self.reparametrised:
+            raise ConfigError("Virtual tokens that a network makes cannot be written: load its own weights.")
+        rows, parts = as_float32(to_numpy(prompt_embeddings)), list(self.parts().values())
+        wanted = (self.tokens, parts[0].shape[1])
+        if rows.shape != wanted:
+            raise ConfigError(f"Invalid `prompt_embeddings` shape. Expected {wanted}, got {rows.shape}.")
+        for p in parts:
+            write(p, rows[: p.shape[0]])
+            rows = rows[p.shape[0] :]
 
     def rows(self) -> np.ndarray:
         """The rows as they are now, nothing dropped at random."""

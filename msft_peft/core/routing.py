@@ -40,6 +40,7 @@ class Routing:
         self.layers: tuple[Any, ...] = ()
         self._choice = _table(f"peft_choice_{number}", -1)
         self._starts = _table(f"peft_starts_{number}", 0)
+        self._tasks = _table(f"peft_tasks_{number}", -1)
 
     def __deepcopy__(self, memo: dict) -> "Routing":
         # Compiled code tells Parameters apart by their names: tables of its own.
@@ -67,14 +68,24 @@ class Routing:
             tokens_left: (B,) int32; 0 where nothing was invoked.
             x: the model's input. What is computed from the returned one is computed after the note was taken.
         """
-        _require_room(tokens_left.shape[0])
-        rest = ops.zeros((MOST_ROWS - tokens_left.shape[0],), ms.int32)
-        return ops.depend(x, ops.assign(self._starts, ops.concat((tokens_left, rest), 0)))
+        return ops.depend(x, _filled(self._starts, tokens_left, 0))
+
+    def note_tasks(self, task_ids: Tensor) -> Tensor:
+        """Note for each row which task it is of, (B,), integers.
+
+        Returns:
+            What the model's inputs must depend on, so that the layers compute after the note was taken.
+        """
+        return _filled(self._tasks, ops.cast(task_ids, ms.int32), -1)
+
+    def tasks(self, y: Tensor) -> Tensor:
+        """(B,) int32: the task of each row of y; -1 where none was noted."""
+        return self._rows(self._tasks, y)
 
     def repeat(self, rows: int, times: int) -> None:
         """Let each of the first `rows` rows stand for as many rows as `times` says, one after another."""
         _require_room(rows * times)
-        for table in (self._choice, self._starts):
+        for table in (self._choice, self._starts, self._tasks):
             values = table.asnumpy().copy()
             values[: rows * times] = np.repeat(values[:rows], times)
             write(table, values)
@@ -144,6 +155,12 @@ def routing_of(model: nn.Cell) -> Routing:
     if not hasattr(model, "peft_routing"):
         model.peft_routing = Routing()
     return model.peft_routing
+
+
+def _filled(table: Parameter, values: Tensor, rest: int) -> Tensor:
+    """Write values (B,) int32 into a table, and `rest` behind them."""
+    _require_room(values.shape[0])
+    return ops.assign(table, ops.concat((values, ops.full((MOST_ROWS - values.shape[0],), rest, dtype=ms.int32)), 0))
 
 
 def _table(name: str, value: int) -> Parameter:

@@ -77,6 +77,16 @@ class Tuner(nn.Cell):
         kwargs["input_ids"] = self._invoked(kwargs["input_ids"], invocation)
         return self.model(**kwargs)
 
+    def check_arguments(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise ValueError if what a call says to the adapters, and not to the base model, makes no sense."""
+
+    def noted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Note what the arguments of `generate` say to the adapters; returns those that are the base model's.
+
+        Where there is nothing to note, that is `kwargs` itself.
+        """
+        return kwargs
+
     def _invoked(self, ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
         return self.routing.start(invocations(ids, tokens), ids)
 

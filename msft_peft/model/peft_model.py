@@ -143,6 +143,8 @@ class PeftModel(Prompted):
 
         Differs: HF's other methods than LoRA ignore `adapter_names`, silently.
         """
+        if self.prompts is None:
+            self.base_model.check_arguments(kwargs)
         if adapter_names is None:
             self._say_what_is_ignored(kwargs)
             return super().__call__(*args, **kwargs)
@@ -156,14 +158,15 @@ class PeftModel(Prompted):
             self._check_divisible()
         if self.prompts is not None:
             return self._generate_prompted(args, kwargs)
-        base, routing = self.get_base_model(), self.base_model.routing
-        if adapter_names is None and routing.invocation is None:
+        base, routing, given = self.get_base_model(), self.base_model.routing, kwargs
+        kwargs = self.base_model.noted(given)
+        if adapter_names is None and routing.invocation is None and kwargs is given:
             return base.generate(*args, **kwargs)
         x = _first_input(args, kwargs)
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(divided(self._roots(), adapter_names, x))
-            else:
+            elif routing.invocation is not None:
                 routing.start(invocations(Tensor(x), routing.invocation), Tensor(x))
             if hasattr(base, "on_repeat"):  # one of ours: it tells when several texts continue each prompt
                 base.on_repeat = functools.partial(routing.repeat, len(x))

@@ -132,8 +132,8 @@ CASES = {
 }
 
 
-def other(method: str, note: str, net: str, *targets: str, **config: Any) -> Case:
-    return Case(f"{method.lower()}_{note}", net, {"target_modules": list(targets)} | config, method=method)
+def other(method: str, note: str, net: str, *targets: str, merges: bool = True, **config: Any) -> Case:
+    return Case(f"{method.lower()}_{note}", net, {"target_modules": list(targets)} | config, merges, method)
 
 
 METHOD_CASES = {
@@ -204,6 +204,7 @@ METHOD_CASES = {
         other("BOFT", "linear", "mlp", "lin0", "lin1", boft_block_size=2),
         other("BOFT", "linear_number", "mlp", "lin1", boft_block_size=0, boft_block_num=2, bias="boft_only"),
         other("BOFT", "conv2d", "conv2d_square", "conv0", "conv1", boft_block_size=0, boft_block_num=1),
+        other("Poly", "splits", "blocks", "q_proj", "up", merges=False, r=3, n_skills=3, n_splits=2),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

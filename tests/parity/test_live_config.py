@@ -87,6 +87,7 @@ PROMPT_FIELDS = {
         "encoder_hidden_size": 9,
     },
     "MultitaskPromptTuningConfig": {"prompt_tuning_init": "EXACT_SOURCE_TASK", "num_ranks": 3, "num_tasks": 4},
+    "CartridgeConfig": {"num_virtual_tokens": 5, "num_frozen_tokens": 2},
     "CPTConfig": {"cpt_token_ids": [3, 1], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 4]},
 }
 

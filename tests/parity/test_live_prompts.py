@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("PromptEncoderConfig", {**N, "encoder_hidden_size": 6, "encoder_reparameterization_type": "LSTM"}),
     "prefix": ("PrefixTuningConfig", N),
     "projected": ("PrefixTuningConfig", {**N, "prefix_projection": True, "encoder_hidden_size": 6}),
+    "cartridge": ("CartridgeConfig", N),
     "multitask": ("MultitaskPromptTuningConfig", {**N, "num_tasks": 2, "num_ranks": 2}),
     "cpt": ("CPTConfig", {**EXAMPLES, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.7}),
 }
@@ -104,8 +105,8 @@ def hf_adapter(model: str, method: str, folder: Path):
     """HF's model with an adapter whose weights are random."""
     found = peft.get_peft_model(hf_base(model, folder), config(peft, model, method)).eval()
     rng = np.random.default_rng(1)
-    for p in found.parameters():
-        if p.requires_grad:
+    for name, p in found.named_parameters():
+        if p.requires_grad or "frozen" in name:
             p.data = torch.tensor(0.5 * rng.standard_normal(tuple(p.shape)).astype(np.float32))
     return found
 
@@ -113,10 +114,13 @@ def hf_adapter(model: str, method: str, folder: Path):
 def our_adapter(model: str, method: str, folder: Path, hf: torch.nn.Module) -> msft_peft.PeftModel:
     """Ours, with the same weights under the same names."""
     found = msft_peft.get_peft_model(our_base(model, folder), config(msft_peft, model, method)).set_train(False)
-    weights = {name: p.detach().numpy() for name, p in hf.named_parameters() if p.requires_grad}
-    assert sorted(weights) == sorted(p.name for p in found.trainable_params())
-    for p in found.trainable_params():
-        p.copy_(ms.Tensor(weights[p.name]))
+    trained = {name for name, p in hf.named_parameters() if p.requires_grad}
+    assert trained == {p.name for p in found.trainable_params()}
+    weights = {name: p.detach().numpy() for name, p in hf.named_parameters() if name.startswith("prompt_encoder.")}
+    weights |= {name: p.detach().numpy() for name, p in hf.named_parameters() if name in trained}
+    for p in found.get_parameters():
+        if p.name in weights:
+            p.copy_(ms.Tensor(weights[p.name]))
     return found
 
 
@@ -139,7 +143,7 @@ def batch(model: str, method: str) -> dict[str, np.ndarray]:
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return found | {"labels": np.where(mask == 1, ids, -100).astype(np.int32)}
     # HF pads no labels for token classification; there the loss is ours alone.
-    if task == "TOKEN_CLS" and method in ("prefix", "projected"):
+    if task == "TOKEN_CLS" and method in ("prefix", "projected", "cartridge"):
         return found | {"labels": np.where(mask == 1, ids % 3, -100).astype(np.int32)}
     return found
 
@@ -385,7 +389,54 @@ def test_a_trajectory_of_cpt(checkpoints):
     same("trajectory", mine.trainable_params()[0].asnumpy(), p.detach().numpy())
 
 
+@pytest.mark.parametrize("method", ["cartridge", "prefix"])
+def test_a_prefix_that_begins_as_a_text(method, checkpoints):
+    """Either library runs the base model over it, and takes the first of the keys and values."""
+    folder, text = checkpoints("llama"), [4, 9, 3, 7, 20, 11]
+    hf = hf_adapter("llama", method, folder)
+    mine = our_adapter("llama", method, folder, hf)
+    ids = lambda text, **_: {"input_ids": torch.tensor([text])}  # noqa: E731
+    wanted = peft.initialize_kv_prefix_from_text(hf, ids, text=text)
+    found = msft_peft.initialize_kv_prefix_from_text(mine, list, text=text)
+    same("model output", found.asnumpy(), wanted.detach().numpy())
+    begun = hf.prompt_encoder["default"].embedding.weight.detach().numpy()
+    same("model output", mine.prompt_encoder["default"].rows(), begun)
+    # After its own beginning the model says of the rest what it says of the whole.
+    rest = {"input_ids": np.array([text[3:]], np.int32)}
+    with mine.disable_adapter():
+        whole = our_logits(mine, {"input_ids": np.array([text], np.int32)})
+    same("model output", our_logits(mine, rest), whole[:, 3:])
+    with torch.no_grad():
+        same("model output", our_logits(mine, rest), hf(**as_torch(rest)).logits.numpy())
+
+
+def test_cartridges_in_a_row(checkpoints, tmp_path):
+    folder = checkpoints("llama")
+    for name in ("a", "b"):
+        model = hf_adapter("llama", "cartridge", folder)
+        shift = {"a": 0.0, "b": 1.0}[name]
+        model.prompt_encoder["default"].load_prompt_embeddings(model.prompt_encoder["default"].weight + shift)
+        model.save_pretrained(tmp_path / name)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    peft.compose_cartridge_adapters(paths, output_path=tmp_path / "theirs")
+    msft_peft.compose_cartridge_adapters(paths, output_path=tmp_path / "ours")
+    one, two = (ours.tensors_of(tmp_path / who / "adapter_model.safetensors")[0] for who in ("ours", "theirs"))
+    assert one == two
+    assert ours.config_in(tmp_path / "ours") == ours.config_in(tmp_path / "theirs")
+    mine = msft_peft.PeftModel.from_pretrained(our_base("llama", folder), tmp_path / "theirs")
+    hf = peft.PeftModel.from_pretrained(hf_base("llama", folder), tmp_path / "ours").eval()
+    with torch.no_grad():
+        inputs = batch("llama", "cartridge")
+        same("model output", our_logits(mine, inputs), hf(**as_torch(inputs)).logits.numpy())
+
+
 REFUSED = {
+    "frozen": lambda library, m: library.CartridgeConfig(num_frozen_tokens=-1),
+    "all frozen": lambda library, m: library.CartridgeConfig(num_virtual_tokens=2, num_frozen_tokens=3),
+    "no prefix": lambda library, m: library.initialize_kv_prefix_from_past_key_values(m, past_key_values=()),
+    "no cache": lambda library, m: library.prompt_embeddings_from_past_key_values(3, num_virtual_tokens=1),
+    "empty cache": lambda library, m: library.prompt_embeddings_from_past_key_values((), num_virtual_tokens=1),
+    "one cartridge": lambda library, m: library.compose_cartridge_adapters(["a"], output_path="b"),
     "other type": lambda library, m: m.add_adapter("b", library.PromptEncoderConfig(task_type="CAUSAL_LM", **N)),
     "lora": lambda library, m: m.add_adapter("b", library.LoraConfig(task_type="CAUSAL_LM")),
     "taken": lambda library, m: m.add_adapter("default", library.PromptTuningConfig(task_type="CAUSAL_LM", **N)),

@@ -49,7 +49,9 @@ def fill(p: torch.nn.Parameter, value: float) -> None:
 
 def forward(model: PeftModel, x: np.ndarray) -> torch.Tensor:
     """The output for a batch, past the task classes, which want a transformers model."""
-    return model.base_model(torch.tensor(x))
+    # Of a net that is called without tasks all rows are of the first.
+    more = {"task_ids": torch.zeros(len(x), dtype=torch.long)} if model.peft_type == "POLY" else {}
+    return model.base_model(torch.tensor(x), **more)
 
 
 def gradients(model: PeftModel, x: np.ndarray, target: np.ndarray, adapter: str = "default"):

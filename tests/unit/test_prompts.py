@@ -12,6 +12,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from msft_peft import (
+    CartridgeConfig,
     ConfigError,
     CPTConfig,
     LoadError,
@@ -26,8 +27,11 @@ from msft_peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     cast_mixed_precision_params,
+    compose_cartridge_adapters,
     get_peft_model,
     get_peft_model_state_dict,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
@@ -347,6 +351,8 @@ BAD = [
     (PromptEncoderConfig, {"encoder_reparameterization_type": "GRU"}, "must be one of"),
     (PromptEncoderConfig, {"encoder_hidden_size": 0}, "encoder_hidden_size"),
     (PrefixTuningConfig, {"init_weights": "ones"}, "init_weights must be None or 'zero'"),
+    (CartridgeConfig, {"num_frozen_tokens": -1}, "must be >= 0"),
+    (CartridgeConfig, {"num_frozen_tokens": 3, "num_virtual_tokens": 2}, "must be <= `num_virtual_tokens`"),
     (MultitaskPromptTuningConfig, {"num_ranks": 0}, "num_ranks"),
     (MultitaskPromptTuningConfig, {"prompt_tuning_init": "SAMPLE_VOCAB"}, "prompt_tuning_init must be one of"),
     (CPTConfig, {"task_type": "SEQ_CLS"}, "only supports task_type = CAUSAL_LM"),
@@ -359,6 +365,80 @@ BAD = [
 def test_bad_configs(kind: type, fields: dict, said: str):
     with pytest.raises(ConfigError, match=said):
         kind(**fields)
+
+
+def cache(tokens: int = 4, rows: int = 1, layers: int = 1, heads: int = 2) -> tuple:
+    rng = np.random.default_rng(0)
+    return tuple(
+        tuple(Tensor(rng.standard_normal((rows, heads, tokens, 4)).astype(np.float32)) for _ in range(2))
+        for _ in range(layers)
+    )
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+def test_a_cartridge_that_begins_as_a_cache(frozen: int, tmp_path):
+    """Of all tokens frozen nothing is left to train; either file holds all."""
+    model = get_peft_model(nets.Reader(), CartridgeConfig(**CAUSAL, num_frozen_tokens=frozen))
+    given = cache()
+    rows = initialize_kv_prefix_from_past_key_values(model, past_key_values=given)
+    key, value = (part.asnumpy()[0, :, :3].swapaxes(0, 1).reshape(3, 8) for part in given[0])
+    np.testing.assert_array_equal(rows.asnumpy(), np.concatenate((key, value), 1))
+    np.testing.assert_array_equal(model.prompt_encoder["default"].weight.asnumpy(), rows.asnumpy())
+    assert sum(p.size for p in model.trainable_params()) == (3 - frozen) * 16
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "adapter_model.safetensors").unlink()
+    for name in ("a", "b"):
+        again = PeftModel.from_pretrained(nets.Reader(), tmp_path / name)
+        np.testing.assert_array_equal(again.prompt_encoder["default"].rows(), rows.asnumpy())
+    compose_cartridge_adapters([tmp_path / "a", tmp_path / "b"], output_path=tmp_path / "both")
+    both = PeftModel.from_pretrained(nets.Reader(), tmp_path / "both").prompt_encoder["default"]
+    np.testing.assert_array_equal(both.rows(), np.tile(rows.asnumpy(), (2, 1)))
+    assert len(both.parts()) == 1 + (frozen > 0)
+
+
+def test_caches_that_no_prefix_can_begin_as(tmp_path):
+    model = get_peft_model(nets.Reader(), CartridgeConfig(**CAUSAL))
+    before = model.prompt_encoder["default"].rows()
+    (key, value), *_ = cache()
+    for past, said in (
+        ((), "Empty"),
+        (cache(rows=2), "batch=2"),
+        (cache(tokens=2), "Need at least 3 cached tokens, got 2"),
+        (((key[0], value[0]),), "rank 4, got key.ndim=3"),
+        ((*cache(), *cache(heads=1)), "Inconsistent heads: layer 1"),
+        (cache(layers=2), r"Expected \(3, 16\), got \(3, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            initialize_kv_prefix_from_past_key_values(model, past_key_values=past)
+    with pytest.raises(TypeError, match="Expected a pair"):
+        initialize_kv_prefix_from_past_key_values(model, past_key_values=4)
+    np.testing.assert_array_equal(model.prompt_encoder["default"].rows(), before)
+    projected = get_peft_model(nets.Reader(), PrefixTuningConfig(**CAUSAL, prefix_projection=True))
+    with pytest.raises(ConfigError, match="a network makes it"):
+        initialize_kv_prefix_from_past_key_values(projected, past_key_values=cache())
+    with pytest.raises(ConfigError, match="a network makes cannot be written"):
+        projected.prompt_encoder["default"].load_prompt_embeddings(before)
+    with pytest.raises(ConfigError, match="got PROMPT_TUNING"):
+        initialize_kv_prefix_from_text(get_peft_model(nets.Reader(), PromptTuningConfig(**CAUSAL)), list, text="ab")
+    projected.save_pretrained(tmp_path / "prefix")
+    get_peft_model(nets.Reader(), CartridgeConfig(**CAUSAL, modules_to_save=["emb"])).save_pretrained(tmp_path / "emb")
+    model.save_pretrained(tmp_path / "a")
+    get_peft_model(nets.Reader(True), CartridgeConfig(**CAUSAL | {"task_type": "SEQ_CLS"})).save_pretrained(
+        tmp_path / "other"
+    )
+    for name, said in (
+        ("prefix", "is not a CARTRIDGE adapter"),
+        ("emb", "trained whole"),
+        ("other", "'task_type'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            compose_cartridge_adapters([tmp_path / "a", tmp_path / name], output_path=tmp_path / "never")
+    with pytest.raises(ConfigError, match="at least 2"):
+        compose_cartridge_adapters([tmp_path / "a"], output_path=tmp_path / "never")
+    with pytest.raises(NotImplementedError, match="safetensors only"):
+        compose_cartridge_adapters([], output_path=tmp_path / "never", safe_serialization=False)
+    assert not (tmp_path / "never").exists()
 
 
 def test_multitask_prompts_that_cannot_begin(tmp_path):

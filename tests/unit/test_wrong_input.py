@@ -77,7 +77,7 @@ def test_no_model(call: Callable, wrong: Any):
         call(wrong)
 
 
-@pytest.mark.parametrize("name", ["XLoraConfig", "PolyModel", "CartridgeEncoder"])
+@pytest.mark.parametrize("name", ["OSFConfig", "GloraModel", "WaveFTEncoder"])
 def test_a_method_of_hfs_that_is_not_built(name: str):
     with pytest.raises(AttributeError, match=f"{name}.* is a method of HF peft .* that is not built here yet"):
         getattr(msft_peft, name)
@@ -87,8 +87,8 @@ def test_a_method_of_hfs_that_is_not_built(name: str):
 
 
 def test_files_of_methods_that_are_not_built(tmp_path: Path):
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "XLORA", "hidden_size": 3}')
-    with pytest.raises(ConfigError, match="peft_type='XLORA', a method of HF peft that is not built here yet"):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OSF", "effective_rank": 3}')
+    with pytest.raises(ConfigError, match="peft_type='OSF', a method of HF peft that is not built here yet"):
         msft_peft.PeftModel.from_pretrained(nets.Dense(), tmp_path)
     assert not set(NOT_BUILT) & set(METHODS)
 
