@@ -376,19 +376,36 @@ def detach_all(model: nn.Cell) -> None:
 
 
 def activate(model: nn.Cell, names: Iterable[str], trainable: bool) -> None:
-    """Make these adapters the active ones, trainable or frozen; all others are inactive and frozen."""
+    """Make these adapters the active ones, trainable or frozen; all others are inactive and frozen.
+
+    What cannot be trained stays frozen, with a warning that says why: it may be meant for inference.
+    """
     names = list(names)
     use(model, names)
+    stuck = untrainable(model, names) if trainable else {}
+    for name, why in stuck.items():
+        warnings.warn(f"Adapter {name} is active and stays frozen: {why}", PeftWarning, stacklevel=5)
+    trained = [name for name in names if trainable and name not in stuck]
     for _, wrapper in wrappers(model):
         wrapper.set_requires_grad(wrapper.held(), False)
-        wrapper.set_requires_grad(names, trainable)
+        wrapper.set_requires_grad(trained, True)
     prompts = prompts_of(model)
     if prompts is not None:
         prompts.set_requires_grad(prompts.held(), False)
-        prompts.set_requires_grad(names, trainable)
+        prompts.set_requires_grad(trained, True)
     for name in configs_of(model):
         for p in _biases_of(model, name):
-            p.requires_grad = trainable and name in names
+            p.requires_grad = name in trained
+
+
+def untrainable(model: nn.Cell, names: Iterable[str]) -> dict[str, str]:
+    """Those of the adapters whose weights cannot be trained as they are, and why."""
+    patches = {
+        name: [w.held()[name] for _, w in wrappers(model) if isinstance(w, TunerLayer) and name in w.held()]
+        for name in names
+    }
+    reasons = {name: next(filter(None, (patch.untrainable() for patch in some)), "") for name, some in patches.items()}
+    return {name: why for name, why in reasons.items() if why}
 
 
 def use(model: nn.Cell, names: Iterable[str]) -> None:

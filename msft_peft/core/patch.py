@@ -281,6 +281,10 @@ class Patch(Weights):
         """Raise LoadError if a weight cannot have these values, of its shape; asked before any are written."""
         return None
 
+    def untrainable(self) -> str:
+        """Why its weights, as they are now, cannot be trained; empty if they can. Asked whenever they are to be."""
+        return ""
+
     def meet(self, others: Mapping[str, "Patch"]) -> None:
         """Be told of the other adapters at the layer: whenever adapters come, go, are chosen or are loaded."""
 

@@ -66,6 +66,9 @@ def require_some(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
 def set_requires_grad(model: nn.Cell, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
     """Freeze or unfreeze adapters, active or not; see `Tuner.set_requires_grad`."""
     names = require_some(model, adapter_names)
+    stuck = inject.untrainable(model, names) if requires_grad else {}
+    if stuck:
+        raise ConfigError(" ".join(f"Adapter {name} cannot be trained: {why}" for name, why in stuck.items()))
     for _, wrapper in wrappers(model):
         wrapper.set_requires_grad(names, requires_grad)
     prompts = prompts_of(model)

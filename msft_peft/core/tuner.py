@@ -129,7 +129,8 @@ class Tuner(nn.Cell):
 
         Args:
             adapter_name: a name or a list of names. Several act in the order given, each on the layer's output so far.
-            inference_mode: leave them frozen. Otherwise they are trainable and all others frozen.
+            inference_mode: leave them frozen. Otherwise they are trainable and all others frozen; one whose weights
+                cannot be trained as they are stays frozen, with a warning.
 
         Raises:
             AdapterNameError: a name is not there.
@@ -143,6 +144,7 @@ class Tuner(nn.Cell):
 
         Raises:
             AdapterNameError: a name is not there, or the list is empty.
+            ConfigError: weights that cannot be trained as they are.
         """
         switch.set_requires_grad(self.model, adapter_names, requires_grad)
 

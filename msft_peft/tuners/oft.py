@@ -43,8 +43,8 @@ class OFTConfig(TargetedConfig):
 
     Source: Qiu et al. 2023, arXiv:2306.07280; the series and the rotation of inputs: OFTv2, arXiv:2506.19847.
     Differs: in HF `module_dropout` has no effect, and a convolution with a kernel larger than one is not the identity
-        at first, nor what it is merged to; both work here. Two active adapters act as they are merged. With `coft` HF
-        also writes the shortened angles into the weights, at each forward pass; here they stay as they were trained.
+        at first, nor what it is merged to; both work here. Two active adapters act as they are merged. With `coft` a
+        forward pass in training writes the shortened angles into the weights; in HF one in evaluation does so, too.
     """
 
     peft_type: str | None = "OFT"
@@ -133,10 +133,15 @@ class OFTPatch(Patch):
         return r
 
     def bounded(self) -> Tensor:
-        """The angles, shortened to the bound; the gradient passes by that, as in HF."""
+        """The angles, shortened to the bound, in training for good: the next step begins from there, as in HF.
+
+        The gradient passes by the shortening.
+        """
         # Each stands in Q twice.
         lengths = ops.sqrt(ops.mul(ops.square(self.angles).sum(1, keepdims=True), 2.0))
         share = ops.div(self.bound, ops.maximum(lengths, self.bound))
+        if self.training:
+            return ops.assign(self.angles, ops.stop_gradient(ops.mul(self.angles, share)))
         return ops.add(self.angles, ops.stop_gradient(ops.mul(self.angles, ops.sub(share, 1.0))))
 
     def series(self, q: Tensor, identity: Tensor) -> Tensor:

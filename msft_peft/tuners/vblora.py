@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore.common.initializer import Normal, Uniform
 
+from msft_peft.backend.arrays import to_numpy
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability
 from msft_peft.core import inject
 from msft_peft.core.patch import Shared
@@ -20,6 +21,10 @@ from msft_peft.tuners.low_rank import LowRankPatch
 
 _BANK, _LOGITS = "vblora_vector_bank", "vblora_logits_"
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
+_INCOMPLETE = (
+    "A file that was saved with save_only_topk_weights=True lacks most logits and is for inference only. Training can "
+    "go on from the adapter_model.ckpt that msft_peft writes beside it: move the safetensors file away and load again."
+)
 # The least dtype that HF stores indices in, by the number of vectors that it is for.
 _INDEX_DTYPES = ((2**8, np.uint8), (2**15, np.int16), (2**31, np.int32))
 
@@ -46,8 +51,8 @@ class VBLoRAConfig(TargetedConfig):
         ConfigError: a value out of range, or more vectors to mix than there are.
 
     Source: Li et al. 2024, arXiv:2405.15179, §3.
-    Differs: what `save_only_topk_weights` wrote is refused where it is loaded to be trained; HF refuses the first
-        forward pass.
+    Differs: what `save_only_topk_weights` wrote is refused where it is loaded to be trained, or made trainable; HF
+        refuses the first forward pass in training mode.
     """
 
     peft_type: str | None = "VBLORA"
@@ -106,6 +111,10 @@ class VBLoRAPatch(LowRankPatch):
         init, vectors = Normal(config.init_logits_std), config.num_vectors
         self.vblora_logits_A = self.weight(_LOGITS + "A", (self.r, parts["in_features"], vectors), init)
         self.vblora_logits_B = self.weight(_LOGITS + "B", (parts["out_features"], self.r, vectors), init)
+
+    def untrainable(self) -> str:
+        cut = any(np.isneginf(to_numpy(p)).any() for p in (self.vblora_logits_A, self.vblora_logits_B))
+        return _INCOMPLETE if cut else ""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = self.mixed(self.vblora_logits_A), self.mixed(self.vblora_logits_B)
@@ -168,9 +177,7 @@ def unpack(config: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     chosen = {key.removesuffix(_INDICES): key for key in arrays if key.endswith(_INDICES)}
     if chosen and not config.inference_mode:
         raise LoadError(
-            "A file that was saved with save_only_topk_weights=True is for inference only: load it with "
-            "is_trainable=False, or into an adapter whose config has inference_mode=True. Training can go on from the "
-            "adapter_model.ckpt that msft_peft writes beside it: move the safetensors file away."
+            f"{_INCOMPLETE} Load it with is_trainable=False, or into an adapter whose config has inference_mode=True."
         )
     found = {key: array for key, array in arrays.items() if not key.endswith((_INDICES, _WEIGHTS))}
     for key, name in chosen.items():

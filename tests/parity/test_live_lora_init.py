@@ -13,7 +13,6 @@ from peft.tuners.lora.config import CordaConfig as HfCordaConfig
 from peft.tuners.lora.corda import preprocess_corda as hf_preprocess_corda
 
 import msft_peft
-from msft_peft.tuners.lora.init import int8, nf4
 from tests.cases import in_pynative
 
 TARGETS = ["q", "l0", "l1"]
@@ -333,15 +332,6 @@ def test_eva_moves_ranks_alike(case, adjust, rslora):
             assert other.scaling["default"] == pytest.approx(one.scaling["default"])
         else:
             assert not other.held()
-
-
-def test_quantisation_is_that_of_bitsandbytes():
-    bnb = pytest.importorskip("bitsandbytes.functional")
-    w = np.random.default_rng(5).standard_normal((24, 50)).astype(np.float32)
-    q, state = bnb.quantize_4bit(torch.tensor(w), quant_type="nf4")
-    np.testing.assert_allclose(nf4(w), bnb.dequantize_4bit(q, state).numpy(), atol=1e-6)
-    q, largest, _ = bnb.int8_vectorwise_quant(torch.tensor(w).half())
-    np.testing.assert_allclose(int8(w), (q.float() * largest[:, None] / 127).numpy(), atol=1e-6)
 
 
 SUBS = {

@@ -23,7 +23,7 @@ from mindspore import nn, ops
 from mindspore.experimental import optim
 
 from . import ours, theirs
-from .cases import CASES, Case, make_input, same, same_dicts
+from .cases import ALL_CASES, Case, make_input, same, same_dicts
 
 STEPS = 10
 
@@ -80,8 +80,14 @@ def test_the_same_trajectory_in_both_modes(optimizer, mode, tmp_path):
     check_trajectory("linear_bias_all", optimizer, tmp_path)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd_momentum", "adam"])
+def test_constrained_rotations_take_the_same_steps(optimizer, mode, tmp_path):
+    """Each step begins from angles that were shortened to the bound, and may lead out again."""
+    check_trajectory("oft_constrained", optimizer, tmp_path)
+
+
 def check_trajectory(name, optimizer, tmp_path):
-    case, twins = CASES[name], OPTIMIZERS[optimizer]
+    case, twins = ALL_CASES[name], OPTIMIZERS[optimizer]
     weights, _, target = theirs.data(case, 3)
     hf = theirs.create(case, weights, 3).train()
     hf.save_pretrained(tmp_path / "start")

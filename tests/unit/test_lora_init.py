@@ -1,6 +1,7 @@
 """LoRA's initialisations from the base weight: their formulas, and what becomes of the base."""
 
 import warnings
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -170,6 +171,13 @@ def test_int8_is_half_a_step_off_at_most_and_keeps_zero_rows():
     q, step = inits.int8(w), np.abs(w).max(1, keepdims=True) / 127
     assert (np.abs(q - w) <= 0.5 * step + np.abs(w) * 2e-3).all()  # and the rounding to half precision
     assert not q[2].any()
+
+
+def test_quantisation_is_that_of_bitsandbytes():
+    """As tests/parity/make_quantised.py kept it."""
+    kept = np.load(Path(__file__).parents[1] / "parity" / "quantised.npz")
+    np.testing.assert_allclose(inits.nf4(kept["weight"]), kept["nf4"], atol=1e-6)
+    np.testing.assert_allclose(inits.int8(kept["weight"]), kept["int8"], atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

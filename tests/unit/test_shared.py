@@ -1,6 +1,7 @@
 """Weights that all layers of one adapter share: there once, and living as long as the adapter."""
 
 import copy
+import warnings
 
 import mindspore as ms
 import numpy as np
@@ -9,8 +10,10 @@ import safetensors.numpy
 from mindspore import Tensor
 
 from msft_peft import (
+    ConfigError,
     LoadError,
     PeftModel,
+    PeftWarning,
     RandLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -217,6 +220,31 @@ def test_only_the_highest_are_kept(tmp_path, capsys):
     (tmp_path / "adapter_model.safetensors").unlink()
     trained = PeftModel.from_pretrained(vblora().unload(), tmp_path, is_trainable=True).set_train(False)
     assert_same(output(trained), output(model), "exact")
+
+
+def test_the_highest_alone_serve_and_do_not_train(tmp_path, mode):
+    """Most logits are -∞ then: gradients would be no numbers, or zero, without a word."""
+    model = vblora(save_only_topk_weights=True)
+    expected = output(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(vblora().unload(), tmp_path)
+    loaded.load_adapter(tmp_path, "second")
+    with pytest.warns(PeftWarning, match="second is active and stays frozen: .* save_only_topk_weights=True"):
+        loaded.set_adapter("second")
+    assert_same(array(loaded(loaded.sample())), expected)
+    assert not loaded.trainable_params()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.set_adapter("default", inference_mode=True)
+        loaded.set_requires_grad("default", False)
+    for call in (loaded.set_requires_grad, loaded.base_model.set_requires_grad):
+        with pytest.raises(ConfigError, match=r"Adapter default cannot be trained: .* adapter_model\.ckpt"):
+            call(["default"])
+    assert not loaded.trainable_params()
+    fresh = PeftModel.from_pretrained(vblora().unload(), tmp_path)
+    fresh.add_adapter("whole", VBLoRAConfig(**BANK))
+    fresh.set_adapter("whole")
+    assert fresh.trainable_params()
 
 
 @pytest.mark.parametrize("spoilt", ["far", "lost"])
