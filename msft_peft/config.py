@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub import CommitInfo
 
+from msft_peft.backend import arguments
 from msft_peft.backend.files import write_text
 from msft_peft.backend.hub import Target, fetch
 from msft_peft.errors import ConfigError, HubError, PeftWarning
@@ -121,7 +122,7 @@ class PeftConfig:
         Raises:
             NotADirectoryError: the path is a file.
         """
-        write_text(Path(save_directory) / CONFIG_NAME, self.to_json())
+        write_text(arguments.path("save_directory", save_directory) / CONFIG_NAME, self.to_json())
 
     def push_to_hub(
         self,
@@ -193,7 +194,7 @@ class PeftConfig:
             ConfigError: the file is no JSON object; it is named.
         """
         try:
-            fields = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+            fields = json.loads(arguments.path("path_json_file", path_json_file).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path_json_file} is no valid JSON: {error}") from error
         if not isinstance(fields, dict):

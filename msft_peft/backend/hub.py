@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from msft_peft.backend import arguments
 from msft_peft.backend.files import current, inside
 from msft_peft.errors import HubError
 
@@ -50,7 +51,9 @@ def fetch(source: str | os.PathLike, name: str, subfolder: str | None = None, **
             f"unexpected keyword arguments {unknown}: beside its own, this takes what huggingface_hub.hf_hub_download "
             "takes (revision, token, cache_dir, local_files_only, ...)."
         )
-    directory = Path(source)
+    directory = arguments.path("model_id", source)
+    if subfolder:
+        arguments.path("subfolder", subfolder)
     if directory.is_dir():
         return current(Path(inside(directory, subfolder or "", "subfolder=")), name)
     try:

@@ -7,6 +7,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn
 
+from msft_peft.backend import arguments
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.recompute import is_recomputed, set_recompute
 from msft_peft.backend.tree import get_child
@@ -37,10 +38,11 @@ def set_checkpointing(
     prefixes = [] if prompts is None else [e for e in prompts.held().values() if e.argument == PREFIX_STATES]
     if enabled and prefixes:
         raise ConfigError(f"{prefixes[0].config.peft_type} does not work with gradient checkpointing.")
-    unknown = sorted({*(kwargs or {})} - {"use_reentrant"})
+    unknown = sorted({*arguments.mapping("gradient_checkpointing_kwargs", kwargs or {})} - {"use_reentrant"})
     if unknown:
         raise ConfigError(f"gradient_checkpointing_kwargs: {unknown} mean nothing here; only use_reentrant is known.")
-    paths = all_blocks(model) if blocks is None else [blocks] if isinstance(blocks, str) else list(blocks)
+    named = [blocks] if isinstance(blocks, str) else blocks
+    paths = all_blocks(model) if named is None else arguments.strings("blocks", named)
     lists = cell_lists(model)
     lost = [path for path in paths if path not in lists]
     if lost or not paths:

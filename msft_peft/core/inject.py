@@ -11,6 +11,7 @@ from typing import cast
 from mindspore import Parameter, nn
 
 from msft_peft import hosts
+from msft_peft.backend import arguments
 from msft_peft.backend.arrays import to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.recompute import mark_again
@@ -145,7 +146,7 @@ def adapter_in(model: nn.Cell, name: str) -> Adapter:
     Raises:
         AdapterNameError: there is none of that name.
     """
-    if name not in configs_of(model):
+    if arguments.adapter_name(name) not in configs_of(model):
         raise AdapterNameError(f"Adapter {name} not found. There are {sorted(configs_of(model))}.")
     found = [(path, w, w.held()[name]) for path, w in wrappers(model) if name in w.held()]
     patches = {path: cell for path, w, cell in found if isinstance(w, TunerLayer)}
@@ -493,14 +494,16 @@ def inject_adapter_in_model(
     they are, so that the adapter cannot be loaded again by its own config.
     """
     given, model = model, hosts.as_cell(model)
-    if adapter_name in configs_of(model):
+    if arguments.adapter_name(adapter_name) in configs_of(model):
         raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
     if getattr(peft_config, "alora_invocation_tokens", None) is not None:
         raise ConfigError("alora_invocation_tokens needs get_peft_model: something must look for them in the input.")
     method_of(peft_config)  # it refuses what is no config
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} puts nothing into a model's layers: use get_peft_model.")
-    config = peft_config if state_dict is None else narrowed(peft_config, model, state_dict)
+    config = peft_config
+    if state_dict is not None:
+        config = narrowed(config, model, arguments.mapping("state_dict", state_dict))
     attach(model, prepare(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
     activate(model, [adapter_name], trainable=not peft_config.inference_mode)
     settle(model)

@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from msft_peft.backend import arguments
 from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.ops import add_bias
@@ -509,7 +510,7 @@ class TunerLayer(Wrapper):
         Raises:
             AdapterNameError: it has nothing here.
         """
-        if adapter not in self.held():
+        if arguments.adapter_name(adapter) not in self.held():
             raise AdapterNameError(f"Adapter {adapter} not found at {self.site.path}. There are {list(self.held())}.")
         return self.site.to_storage(self.adapters[adapter].delta_weight(), tuple(self.weight.shape))
 

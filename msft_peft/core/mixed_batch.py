@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from msft_peft.backend import arguments
 from msft_peft.core.inject import configs_of
 from msft_peft.core.layer import TunerLayer, wrappers
 from msft_peft.core.parameter import ParameterLayer
@@ -60,7 +61,7 @@ def check(roots: Sequence[nn.Cell], names: Sequence[str], x: Tensor | np.ndarray
     model = roots[-1]
     if any(root.training for root in roots):
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    if len(names) != len(x):
+    if len(arguments.strings("adapter_names", names)) != len(x):
         raise ValueError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {len(x)} "
             "respectively."

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
+from msft_peft.backend import arguments
 from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core import inject
 from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
 from msft_peft.core.prompt import prompts_of
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
+from msft_peft.hosts import as_cell
 
 
 def layers_of(model: nn.Cell) -> list[TunerLayer]:
@@ -30,7 +32,7 @@ def require(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
     Raises:
         AdapterNameError: one of them is not there.
     """
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    names = arguments.adapter_names(names)
     there = inject.configs_of(model)
     missing = [name for name in names if name not in there]
     if missing:
@@ -65,7 +67,7 @@ def require_some(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
 
 def set_requires_grad(model: nn.Cell, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
     """Freeze or unfreeze adapters, active or not; see `Tuner.set_requires_grad`."""
-    names = require_some(model, adapter_names)
+    names, requires_grad = require_some(model, adapter_names), bool(requires_grad)
     stuck = inject.untrainable(model, names) if requires_grad else {}
     if stuck:
         raise ConfigError(" ".join(f"Adapter {name} cannot be trained: {why}" for name, why in stuck.items()))
@@ -83,7 +85,7 @@ def set_requires_grad(model: nn.Cell, adapter_names: str | Iterable[str], requir
 def delete_adapter(model: nn.Cell, adapter_name: str) -> None:
     """Remove an adapter and its weights; see `Tuner.delete_adapter`."""
     configs = inject.configs_of(model)
-    if adapter_name not in configs:
+    if arguments.adapter_name(adapter_name) not in configs:
         raise AdapterNameError(f"Adapter {adapter_name} does not exist. There are {sorted(configs)}.")
     check_not_merged(model, [adapter_name])
     was_active = adapter_name in inject.active_of(model)
@@ -140,12 +142,13 @@ def rescale_adapter_scale(model: nn.Cell, multiplier: float) -> Iterator[None]:
 
     Raises:
         TypeError: `multiplier` is no number.
+        ConfigError: `model` is no model.
         ValueError: the model has no layers with a scaling.
         MergeError: adapters are merged; a scaling cannot reach what is in the base weights.
     """
     if isinstance(multiplier, bool) or not isinstance(multiplier, int | float):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers = [layer for layer in layers_of(model) if layer.scales()]
+    layers = [layer for layer in layers_of(as_cell(model)) if layer.scales()]
     if not layers:
         raise ConfigError("scaling is only supported for models with `LoraLayer`s")
     for layer in layers:
@@ -162,7 +165,7 @@ def rescale_adapter_scale(model: nn.Cell, multiplier: float) -> Iterator[None]:
 
 def cast_adapter_dtype(model: nn.Cell, adapter_name: str) -> None:
     """Give an adapter's half-precision weights float32; see `msft_peft.functional.cast_adapter_dtype`."""
-    (name,) = require(model, adapter_name)
+    (name,) = require(model, arguments.adapter_name(adapter_name))
     for layer in layers_of(model):
         if name in layer.held() and layer.held()[name].dtype in HALF_DTYPES:
             _to_float32(layer, name)

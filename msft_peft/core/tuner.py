@@ -8,6 +8,7 @@ from typing import Any
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
+from msft_peft.backend import arguments
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import inherit_mode, owners, replace_cells
 from msft_peft.config import PeftConfig
@@ -119,7 +120,8 @@ class Tuner(nn.Cell):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` can convert the adapter: it has layers, and on each it only adds to the weight."""
-        layers = [layer for layer in switch.layers_of(self.model) if adapter_name in layer.held()]
+        name = arguments.adapter_name(adapter_name)
+        layers = [layer for layer in switch.layers_of(self.model) if name in layer.held()]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # --- switches -----------------------------------------------------------------------------------------------

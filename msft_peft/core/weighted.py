@@ -7,6 +7,7 @@ from numbers import Real
 
 from mindspore import nn
 
+from msft_peft.backend import arguments
 from msft_peft.backend.tree import names_prefix
 from msft_peft.core import inject
 from msft_peft.core.inject import Adapter
@@ -23,11 +24,11 @@ def parts_of(model: nn.Cell, adapters: Sequence[str], weights: Sequence[float], 
         ConfigError: not a finite weight for each.
     """
     there = inject.configs_of(model)
-    if name in there:
+    if arguments.adapter_name(name) in there:
         raise AdapterNameError(f"Adapter with name '{name}' already exists.")
     if isinstance(adapters, str) or not adapters:
         raise AdapterNameError(f"`adapters` must be a list of the adapters to combine, got {adapters!r}")
-    for one in adapters:
+    for one in arguments.adapter_names(adapters):
         if one not in there:
             raise AdapterNameError(f"Adapter {one} does not exist. There are {sorted(there)}.")
     if not isinstance(weights, Collection) or not all(isinstance(weight, Real) for weight in weights):

@@ -15,6 +15,7 @@ import safetensors.numpy
 from mindspore import Tensor, nn
 from safetensors import SafetensorError
 
+from msft_peft.backend import arguments
 from msft_peft.backend.arrays import to_numpy
 from msft_peft.backend.files import replacing
 from msft_peft.backend.hub import fetch
@@ -165,6 +166,7 @@ class Tensors:
         """
         if not key_mapping:
             return self
+        arguments.strings("key_mapping", arguments.mapping("key_mapping", key_mapping).values())
         arrays: dict[str, np.ndarray] = {}
         for key, array in self.arrays.items():
             below = key.removeprefix(PREFIX)

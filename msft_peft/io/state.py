@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from msft_peft.backend import arguments
 from msft_peft.backend.tree import Named, torch_shape
 from msft_peft.core import inject, switch
 from msft_peft.core.inject import Adapter
@@ -218,6 +219,7 @@ def taken_from(state_dict: State, entries: Mapping[str, Named], prefix: str = PR
     Raises:
         LoadError: some are not there, or have other shapes; they are listed.
     """
+    arguments.mapping("state_dict", state_dict)
     # A tied parameter has several names, of which one is enough.
     there = {id(n.parameter): prefix + n.local for n in entries.values() if prefix + n.local in state_dict}
     names = {key: there.get(id(named.parameter), prefix + named.local) for key, named in entries.items()}

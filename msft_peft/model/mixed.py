@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from mindspore import nn
 
+from msft_peft.backend import arguments
 from msft_peft.config import PeftConfig
 from msft_peft.core import switch
 from msft_peft.core.inject import Adapter
@@ -43,7 +44,7 @@ class PeftMixedModel(PeftModel):
         Raises:
             AdapterNameError: one of them is not there.
         """
-        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        names = arguments.adapter_names(names)
         unknown = sorted(name for name in names if name not in self.peft_config)
         if unknown:
             raise AdapterNameError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")

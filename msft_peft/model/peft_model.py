@@ -15,6 +15,7 @@ import numpy as np
 from huggingface_hub import CommitInfo
 from mindspore import Tensor, nn
 
+from msft_peft.backend import arguments
 from msft_peft.backend.files import replacing_all
 from msft_peft.backend.hub import Target
 from msft_peft.backend.tree import Named, inherit_mode
@@ -250,7 +251,7 @@ class PeftModel(Prompted):
             AdapterNameError: the name is taken, or cannot be one.
             ConfigError: another method than that of the adapters in the model; for others see `core.inject.prepare`.
         """
-        if adapter_name in self.peft_config:
+        if arguments.adapter_name(adapter_name) in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists.")
         self._check_method(peft_config)
         base = self.get_base_model()
@@ -366,15 +367,16 @@ class PeftModel(Prompted):
             LoadError: `state_dict` lacks tensors, or has others of their names; nothing is written.
             NotADirectoryError: the path is a file.
         """
-        if Path(save_directory).is_file():
+        folder = arguments.path("save_directory", save_directory)
+        if folder.is_file():
             raise NotADirectoryError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = self._names_to_save(safe_serialization, selected_adapters)
         if not is_main_process:
             return
         initial = path_initial_model_for_weight_conversion
         plan = self._plan_files(names, save_embedding_layers, state_dict, initial, save_prompt_encoder_weights)
-        self._write_files(Path(save_directory), plan)
-        write_card(Path(save_directory), self._about(plan))
+        self._write_files(folder, plan)
+        write_card(folder, self._about(plan))
 
     def create_or_update_model_card(
         self, output_dir: str | os.PathLike, metrics: Mapping[str, float] | None = None, tags: Sequence[str] = ()
@@ -386,8 +388,9 @@ class PeftModel(Prompted):
             metrics: results to tell, by name; they replace those that were told before.
             tags: further tags for the Hub.
         """
+        folder = arguments.path("output_dir", output_dir)
         about = self._about(self._plan_files(sorted(self.peft_config)))
-        write_card(Path(output_dir), replace(about, metrics=metrics or {}, tags=[*about.tags, *tags]))
+        write_card(folder, _told(about, metrics, tags))
 
     def push_to_hub(
         self,
@@ -440,15 +443,14 @@ class PeftModel(Prompted):
             self._write_files(folder, plan)
             target = Target(repo_id, token, private, revision, create_pr)
             target.copy(CARD_NAME, folder)
-            told = replace(about, where=target.repo_id, metrics=metrics or {}, tags=[*about.tags, *tags])
-            write_card(folder, told)
+            write_card(folder, replace(_told(about, metrics, tags), where=target.repo_id))
             return target.commit(folder, commit_message or "Upload model", commit_description)
 
     def _names_to_save(self, safe_serialization: bool, selected: list[str] | None) -> list[str]:
         """The adapters to save, which are all there."""
         if not safe_serialization:
             raise NotImplementedError("safe_serialization=False (torch pickles) is not written; leave it at True")
-        names = sorted(self.peft_config) if selected is None else list(selected)
+        names = sorted(self.peft_config) if selected is None else arguments.adapter_names(selected)
         if any(name not in self.peft_config for name in names):
             raise AdapterNameError(
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
@@ -673,6 +675,12 @@ class _Files:
     entries: dict[str, Named]
     config: PeftConfig
     keeps_encoder: bool
+
+
+def _told(about: About, metrics: Mapping[str, float] | None, tags: Sequence[str]) -> About:
+    """The same, with what the caller tells of the adapter."""
+    more = arguments.strings("tags", tags or ())
+    return replace(about, metrics=arguments.mapping("metrics", metrics or {}), tags=[*about.tags, *more])
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,15 +13,22 @@ from msft_peft import (
     LoHaConfig,
     LoraConfig,
     PeftConfig,
+    PeftModel,
     convert_to_lora,
+    functional,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
+    load_peft_weights,
     preprocess_corda,
+    rescale_adapter_scale,
     set_peft_model_state_dict,
 )
 from msft_peft.config import NOT_BUILT
 from msft_peft.registry import METHODS
+from msft_peft.tuners.lora.hotswap import hotswap_adapter
 from tests import nets
+from tests.cases import state_of
 
 TARGETS = ["lin0", "lin1"]
 FIELDS: list[tuple[str, Any]] = [
@@ -139,6 +146,124 @@ def test_a_call_with_something_else(call: Callable, kind: type[Exception], says:
         call(model)
     assert list(model.peft_config) == ["default"]
     assert all((before[name] == p.asnumpy()).all() for name, p in model.parameters_and_names())
+
+
+NAMED = "an adapter is named by a string, got "
+SEVERAL = "adapters are named by a string or a list of strings, got "
+# What takes one name, what takes one or several, a path, a dict, strings: with each, whatever it is given instead.
+ONE_NAME: dict[str, Callable[[Any, Any], Any]] = {
+    "delete_adapter": lambda m, name: m.delete_adapter(name),
+    "the tuner's delete_adapter": lambda m, name: m.base_model.delete_adapter(name),
+    "functional.delete_adapter": functional.delete_adapter,
+    "functional.cast_adapter_dtype": functional.cast_adapter_dtype,
+    "add_adapter": lambda m, name: m.add_adapter(name, LoraConfig(target_modules=TARGETS)),
+    "inject_adapter_in_model": lambda m, name: inject_adapter_in_model(LoraConfig(), nets.Dense(), name),
+    "add_weighted_adapter": lambda m, name: m.add_weighted_adapter(["default"], [1.0], name),
+    "supports_lora_conversion": lambda m, name: m.supports_lora_conversion(name),
+    "convert_to_lora": lambda m, name: convert_to_lora(m, 2, name),
+    "get_peft_model_state_dict": lambda m, name: get_peft_model_state_dict(m, adapter_name=name),
+    "get_delta_weight": lambda m, name: m.base_model.model.lin0.get_delta_weight(name),
+}
+NAMES: dict[str, Callable[[Any, Any], Any]] = {
+    "the tuner's set_adapter": lambda m, names: m.base_model.set_adapter(names),
+    "functional.set_adapter": functional.set_adapter,
+    "set_requires_grad": lambda m, names: m.set_requires_grad(names),
+    "functional.set_requires_grad": functional.set_requires_grad,
+    "merge_adapter": lambda m, names: m.merge_adapter(names),
+    "merge_and_unload": lambda m, names: m.merge_and_unload(adapter_names=names),
+    "save_pretrained": lambda m, names: m.save_pretrained("nowhere", selected_adapters=names),
+    "add_weighted_adapter": lambda m, names: m.add_weighted_adapter(names, [1.0], "w"),
+}
+PATHS: dict[str, Callable[[Any, Any], Any]] = {
+    "save_directory": lambda m, path: m.save_pretrained(path),
+    "output_dir": lambda m, path: m.create_or_update_model_card(path),
+    "model_id": lambda m, path: m.load_adapter(path, "new"),
+    "model_id of from_pretrained": lambda m, path: PeftModel.from_pretrained(nets.Dense(), path),
+    "model_id of a config": lambda m, path: PeftConfig.from_pretrained(path),
+    "model_id of weights": lambda m, path: load_peft_weights(path),
+    "model_id of a swap": lambda m, path: hotswap_adapter(m, path, "default"),
+    "path_json_file": lambda m, path: PeftConfig.from_json_file(path),
+    "save_directory of a config": lambda m, path: LoraConfig().save_pretrained(path),
+}
+DICTS: dict[str, Callable[[Any, Any], Any]] = {
+    "state_dict": lambda m, state: m.save_pretrained("nowhere", state_dict=state),
+    "state_dict of tensors": lambda m, state: get_peft_model_state_dict(m, state),
+    "state_dict of targets": lambda m, state: inject_adapter_in_model(LoraConfig(), nets.Dense(), state_dict=state),
+    "output_state_dict": lambda m, state: m.base_model.subtract_mutated_init(state, "default"),
+    "metrics": lambda m, metrics: m.create_or_update_model_card("nowhere", metrics=metrics),
+    "gradient_checkpointing_kwargs": lambda m, kwargs: m.gradient_checkpointing_enable(kwargs),
+}
+LISTS: dict[str, Callable[[Any, Any], Any]] = {
+    "tags": lambda m, tags: m.create_or_update_model_card("nowhere", tags=tags),
+    "adapter_names": lambda m, names: m.set_train(False)(m.sample(), adapter_names=names),
+    "blocks": lambda m, blocks: m.gradient_checkpointing_enable(blocks=blocks),
+}
+WRONG: list[tuple[dict[str, Callable], tuple[Any, ...], type[Exception], str]] = [
+    (ONE_NAME, (5, None, ["default"], {"a": 1}, b"x"), AdapterNameError, NAMED),
+    (NAMES, (5, 1.5, True, [1], [["default"]], b"x"), AdapterNameError, SEVERAL),
+    (PATHS, (5, None, ["x"], b"x"), TypeError, r"` must be a path \(a string or an os.PathLike\), got "),
+    (DICTS, (5, "x", [1], {1: 2}), TypeError, "` must be a dict with strings for keys, got "),
+    (LISTS, (5, [1], b"x"), TypeError, "` must be a list of strings, got "),
+]
+TABLE = [
+    pytest.param(name, call, value, kind, says, id=f"{name}={value!r}")
+    for calls, values, kind, says in WRONG
+    for name, call in calls.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("name", "call", "value", "kind", "says"), TABLE)
+def test_an_argument_of_another_type(name: str, call: Callable, value: Any, kind: type, says: str, model: Any):
+    """It is named where it is not plain, and nothing has changed."""
+    model.set_train(False)
+    before = state_of(model)
+    with pytest.raises(kind, match=says) as raised:
+        call(model, value)
+    assert kind is AdapterNameError or f"`{name.split()[0]}`" in str(raised.value)
+    assert state_of(model) == before
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("wrong", [5, "x", None])
+def test_what_has_no_layers_to_rescale(wrong: Any):
+    with pytest.raises(ConfigError, match=r"`model` must be a mindspore\.nn\.Cell"), rescale_adapter_scale(wrong, 2.0):
+        pass
+
+
+@pytest.mark.parametrize("mapping", [5, "x", {"a": 1}, ["a"]])
+def test_a_key_mapping_that_is_none(mapping: Any, model: Any, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="`key_mapping` must be a "):
+        model.load_adapter(tmp_path, "new", key_mapping=mapping)
+    assert list(model.peft_config) == ["default"]
+
+
+# By `init_lora_weights`, where the field goes with one.
+SUB_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "eva_config": ("eva", {"rho": "x"}),
+    "corda_config": ("corda", {"corda_method": 5}),
+    "lora_ga_config": ("lora_ga", {"stable_gamma": "x"}),
+    "loftq_config": ("loftq", {"loftq_bits": "x"}),
+    "kasa_config": (True, {"beta": "x"}),
+    "use_bdlora": (True, {"nblocks": "x"}),
+    "velora_config": (True, {"scale": "x"}),
+    "monteclora_config": (True, {"num_samples": "x"}),
+    "arrow_config": (True, {"top_k": "x"}),
+}
+
+
+@pytest.mark.parametrize("name", SUB_CONFIGS)
+def test_a_sub_config_s_field_of_another_type(name: str):
+    init, wrong = SUB_CONFIGS[name]
+    (field,) = wrong
+    for given, says in (
+        (wrong, f"`{name}`: .*`{field}`"),
+        ({"nope": 1}, f"`{name}` has no field nope"),
+        (5, f"`{name}`.* must be .*got"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            LoraConfig(init_lora_weights=init, **{name: given})
 
 
 @pytest.mark.parametrize("names", [["default", "other"], ["other"]])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from msft_peft.backend import arguments
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named
 from msft_peft.config import PeftConfig
@@ -94,7 +95,7 @@ def minus_initial(now: Mapping[str, Tensor], initial: Mapping[str, Tensor], pref
     Raises:
         LoadError: a factor has none to be joined with, or one of another size.
     """
-    found, faults = dict(now), []
+    found, faults = dict(arguments.mapping("output_state_dict", now)), []
     for key, value in now.items():
         suffix = next((suffix for suffix in _AXES if key.endswith(suffix)), None)
         if suffix is None:
