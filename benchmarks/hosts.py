@@ -1,7 +1,9 @@
 """A LoRA training step of one small Llama on each library of models: ours beside what people use there now.
 
 Every contender is a process of its own in an environment of its own, and they run in turn, round after round. They
-start from the same weights, adapter and batch, and their first losses are compared before anything is reported.
+start from the same weights, adapter and batch, and their first losses are compared before anything is reported. Two that
+are close, ours and MindFormers' own LoRA, then take turns in one process, step by step, so that what else the machine
+does hits both; half of those processes build the one first, half the other.
 
     make bench-hosts ARGS="--rounds 3"
 """
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-BATCH, LENGTH, STEPS, THREADS = 4, 128, 8, 2
+BATCH, LENGTH, STEPS, TURNS, THREADS = 4, 128, 8, 40, 2
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 688,
@@ -43,6 +45,7 @@ CONTENDERS = {
     "mindnlp": ("ours on mindnlp", ".venv-2.7.2", (".venv-mindnlp",)),
     "peft_on_mindnlp": ("HF peft 0.17.1 on mindnlp", ".venv-2.7.2", (".venv-mindnlp", ".venv-mindnlp-peft")),
 }
+DUELS = ("mindformers,pet", "pet,mindformers")
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -64,7 +67,21 @@ def measured(step: Callable[[], float]) -> dict[str, Any]:
     return {"loss": losses[0], "last": losses[-1], "first": seconds[0], "steps": seconds[1:]}
 
 
-def on_torch(library: Any) -> dict[str, Any]:
+def in_turns(first: str, second: str) -> dict[str, Any]:
+    """Seconds of each step of two contenders in one process; each begins every other turn."""
+    steps = {name: RUNS[name]() for name in (first, second)}
+    losses = {name: step() for name, step in steps.items()}
+    assert abs(losses[first] - losses[second]) < 1e-4, f"they do not compute the same: {losses}"
+    seconds: dict[str, list[float]] = {first: [], second: []}
+    for turn in range(TURNS):
+        for name in (first, second) if turn % 2 else (second, first):
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def on_torch(library: Any) -> Callable[[], float]:
     """HF peft, on torch or on what stands in its place."""
     import torch
     import transformers
@@ -97,17 +114,17 @@ def on_torch(library: Any) -> dict[str, Any]:
             p.grad = None
         return loss.item()
 
-    return measured(step)
+    return step
 
 
-def ours(base: Any, forward: Callable[[Any], Callable[[Any], Any]], ids: Any, graph: bool) -> dict[str, Any]:
+def ours(base: Any, forward: Callable[[Any], Callable[[Any], Any]], ids: Any, graph: bool) -> Callable[[], float]:
     from msft_peft import LoraConfig, get_peft_model
 
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
     return _trained(model, forward(model), ids, graph)
 
 
-def _trained(model: Any, forward: Callable[[Any], Any], ids: Any, graph: bool) -> dict[str, Any]:
+def _trained(model: Any, forward: Callable[[Any], Any], ids: Any, graph: bool) -> Callable[[], float]:
     """A MindSpore model, by MindSpore's own optimizer."""
     import mindspore as ms
     from mindspore import Tensor, nn
@@ -123,10 +140,10 @@ def _trained(model: Any, forward: Callable[[Any], Any], ids: Any, graph: bool) -
         return ms.ops.depend(loss, optimizer(gradients)) if graph else (loss, optimizer(gradients))[0]
 
     update = ms.jit(update) if graph else update
-    return measured(lambda: float(update(ids).asnumpy()))
+    return lambda: float(update(ids).asnumpy())
 
 
-def on_reference() -> dict[str, Any]:
+def on_reference() -> Callable[[], float]:
     from mindspore import Tensor
 
     from msft_peft.models import LlamaConfig, LlamaForCausalLM
@@ -137,7 +154,7 @@ def on_reference() -> dict[str, Any]:
     return ours(LlamaForCausalLM(LlamaConfig(**SIZES)), forward, Tensor(batch()), graph=True)
 
 
-def on_mindnlp() -> dict[str, Any]:
+def on_mindnlp() -> Callable[[], float]:
     import mindnlp  # noqa: F401  before transformers
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -149,7 +166,7 @@ def on_mindnlp() -> dict[str, Any]:
     return ours(base, forward, torch.tensor(batch().astype(np.int64)), graph=False)
 
 
-def peft_on_mindnlp() -> dict[str, Any]:
+def peft_on_mindnlp() -> Callable[[], float]:
     import mindnlp
 
     from msft_peft.hosts import mindtorch_fixes
@@ -183,13 +200,13 @@ def mindformers_llama() -> Any:
     )
 
 
-def on_mindformers() -> dict[str, Any]:
+def on_mindformers() -> Callable[[], float]:
     from mindspore import Tensor
 
     return ours(mindformers_llama(), lambda model: model, Tensor(batch()), graph=True)
 
 
-def pet() -> dict[str, Any]:
+def pet() -> Callable[[], float]:
     from mindformers.pet import get_pet_model
     from mindspore import Tensor
 
@@ -234,8 +251,8 @@ RUNS = {
 
 
 def run(name: str) -> dict[str, Any]:
-    """One contender, in a process of its own."""
-    _, environment, folders = CONTENDERS[name]
+    """One contender, or two that take turns, in a process of its own."""
+    _, environment, folders = CONTENDERS[name.partition(",")[0]]
     paths = [str(ROOT / folder) for folder in (*folders, ".")]
     more = {"PYTHONPATH": os.pathsep.join(paths), "GLOG_v": "3", "OMP_NUM_THREADS": str(THREADS)}
     if name in ("mindnlp", "peft_on_mindnlp"):
@@ -262,8 +279,16 @@ def main(rounds: int) -> None:
         first = statistics.median(r["first"] for r in found)
         line = f"{CONTENDERS[name][0]:36} {min(steps):8.3f} {statistics.median(steps):8.3f} {first:8.2f}"
         print(f"{line} {min(steps) / fastest:8.2f}")
+    print("\nMindFormers, in turns: ours / its own LoRA, medians of each process")
+    for duel in (duel for _ in range(rounds) for duel in DUELS):
+        found = run(duel)
+        mine, theirs = found["mindformers"], found["pet"]
+        paired = statistics.median(a / b for a, b in zip(mine, theirs))
+        both = f"{statistics.median(mine):.3f} / {statistics.median(theirs):.3f} s"
+        print(f"{duel:20} {both}, each turn {paired:.2f}x", flush=True)
 
 
 if __name__ == "__main__":
     print()
-    print(json.dumps(RUNS[sys.argv[1]]()))
+    asked = sys.argv[1].split(",")
+    print(json.dumps(in_turns(*asked) if len(asked) == 2 else measured(RUNS[asked[0]]())))

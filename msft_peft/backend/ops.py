@@ -1,9 +1,10 @@
 """One op per layer kind: how that layer applies a weight that comes from outside.
 
 `op(x, w)` is what the base layer does with its own weight, bias left out; `op.mix(h, w)` mixes the output channels of
-such a result: the second half of a low-rank product, which `op.add(y, delta)` adds to the layer's output. `op.base(x,
-w)` is `op(x, w)` for the base weight itself. Weights come in torch's layout. Only kernels that CPU, GPU and Ascend all
-have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
+such a result: the second half of a low-rank product, which `op.add(y, delta)` adds to the layer's output. `op.rows(x)`
+is x in the form that a chain of products is to have, from the input to `op.add`: there and back once instead of around
+each product. `op.base(x, w)` is `op(x, w)` for the base weight itself. Weights come in torch's layout. Only kernels that
+CPU, GPU and Ascend all have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
 """
 
 from typing import Any
@@ -20,6 +21,9 @@ class Op(nn.Cell):
     def base(self, x: Tensor, w: Tensor) -> Tensor:
         return self.construct(x, w)
 
+    def rows(self, x: Tensor) -> Tensor:
+        return x
+
     def add(self, y: Tensor, delta: Tensor) -> Tensor:
         return ops.add(y, delta)
 
@@ -33,11 +37,18 @@ class DenseOp(Op):
 
     def construct(self, x: Tensor, w: Tensor) -> Tensor:
         # One flat product: batched kernels are slower on CPU, and this is the form that sharding strategies address.
-        y = self.matmul(ops.reshape(x, (-1, x.shape[-1])), w)
-        return ops.reshape(y, (*x.shape[:-1], w.shape[0]))
+        if x.ndim == 2:
+            return self.matmul(x, w)
+        return ops.reshape(self.matmul(self.rows(x), w), (*x.shape[:-1], w.shape[0]))
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         return self.construct(h, w)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x if x.ndim == 2 else ops.reshape(x, (-1, x.shape[-1]))
+
+    def add(self, y: Tensor, delta: Tensor) -> Tensor:
+        return ops.add(y, delta if delta.ndim == y.ndim else ops.reshape(delta, y.shape))
 
 
 class EmbeddingOp(DenseOp):

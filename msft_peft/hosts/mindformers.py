@@ -47,24 +47,26 @@ class LinearOp(DenseOp):
             self.sum.shard(((rows, out), (rows, out)))
 
     def construct(self, x: Tensor, w: Tensor) -> Tensor:
-        y = self.matmul(self._flat(x), ops.cast(w, self.dtype))
-        return ops.cast(ops.reshape(y, (*x.shape[:-1], w.shape[0])), x.dtype)
+        return self._as_input(self.matmul(self.rows(x), ops.cast(w, self.dtype)), x)
 
     def base(self, x: Tensor, w: Tensor) -> Tensor:
-        y = self.whole(self._flat(x), ops.cast(w, self.dtype))
-        return ops.cast(ops.reshape(y, (*x.shape[:-1], w.shape[0])), x.dtype)
+        return self._as_input(self.whole(self.rows(x), ops.cast(w, self.dtype)), x)
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
-        y = self.mixing(self._flat(h), ops.cast(w, self.dtype))
-        return ops.cast(ops.reshape(y, (*h.shape[:-1], w.shape[0])), h.dtype)
+        return self._as_input(self.mixing(self.rows(h), ops.cast(w, self.dtype)), h)
 
     def add(self, y: Tensor, delta: Tensor) -> Tensor:
+        # The layer's output has just come from rows: compiled code leaves both reshapes out.
         width = y.shape[-1]
-        total = self.sum(ops.reshape(y, (-1, width)), ops.reshape(delta, (-1, width)))
+        total = self.sum(ops.reshape(y, (-1, width)), ops.cast(ops.reshape(delta, (-1, width)), y.dtype))
         return ops.reshape(total, y.shape)
 
-    def _flat(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor) -> Tensor:
         return ops.cast(ops.reshape(x, (-1, x.shape[-1])), self.dtype)
+
+    def _as_input(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (N, out) in the dtype of x (*, in), and in its shape but for the last axis."""
+        return ops.cast(ops.reshape(y, (*x.shape[:-1], y.shape[-1])), x.dtype)
 
 
 def owns(cell: object) -> bool:

@@ -21,7 +21,7 @@ class LowRankPatch(Patch):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         b, a = self.factors()
-        return ops.add(y, self.op.mix(self.op(self.dropout(self.cast(x)), a), b))
+        return self.op.add(y, self.op.mix(self.op(self.op.rows(self.dropout(self.cast(x))), a), b))
 
     def delta_weight(self) -> Tensor:
         b, a = self.factors()

@@ -107,7 +107,7 @@ class LoraPatch(Patch):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         # Two thin products instead of one thick; the scaling goes where the tensor is thinnest.
-        return self.op.add(y, self.update(self.lora_dropout(self.cast(x))))
+        return self.op.add(y, self.update(self.op.rows(self.lora_dropout(self.cast(x)))))
 
     def update(self, x: Tensor) -> Tensor:
         """s·(B·A·x + b)."""
