@@ -8,16 +8,11 @@ from msft_peft.config import TargetedConfig
 from msft_peft.core.targets import ALL_LINEAR, matches_name
 from msft_peft.errors import ConfigError
 
-# Names of layers, in a list, a regex or the keys of a dict; or of parameters, each a layer's name and a leaf.
+# Names of parameters: each a layer's name and a leaf.
 _OF_PARAMETERS = ("target_parameters",)
-_FIELDS = (
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "feedforward_modules",
-    "trainable_token_indices",
-    *_OF_PARAMETERS,
-)
+# Names of layers in lists, some of which may be regexes instead; and as keys of dicts.
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules", *_OF_PARAMETERS)
+_FIELDS = (*_LISTS, "trainable_token_indices")
 
 
 def named_as_in_hf(paths: Iterable[str], hf_name: Callable[[str], str]) -> dict[str, str]:
@@ -45,7 +40,7 @@ def translate(config: TargetedConfig, places: Mapping[str, str]) -> None:
                 setattr(config, field, _shortest(hits, 1, places))
         elif isinstance(said, dict):
             setattr(config, field, _with_keys_translated(field, said, places))
-        elif said and not isinstance(said, str):
+        elif field in _LISTS and said and not isinstance(said, str):
             ends = [name.rpartition(".") if field in _OF_PARAMETERS else (name, "", "") for name in said]
             new = [one + dot + leaf for layer, dot, leaf in ends for one in _translated(layer, places)]
             setattr(config, field, list(dict.fromkeys(new)))
