@@ -1,9 +1,9 @@
 """A LoRA training step of one small Llama on each library of models: ours beside what people use there now.
 
 Every contender is a process of its own in an environment of its own, and they run in turn, round after round. They
-start from the same weights, adapter and batch, and their first losses are compared before anything is reported. Two that
-are close, ours and MindFormers' own LoRA, then take turns in one process, step by step, so that what else the machine
-does hits both; half of those processes build the one first, half the other.
+start from the same weights, adapter and batch, and their first losses are compared before anything is reported. Two
+that are close, ours and MindFormers' own LoRA, then take turns in one process, step by step, so that what else the
+machine does hits both; half of those processes build the one first, half the other.
 
     make bench-hosts ARGS="--rounds 3"
 """

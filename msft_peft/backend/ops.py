@@ -3,8 +3,8 @@
 `op(x, w)` is what the base layer does with its own weight, bias left out; `op.mix(h, w)` mixes the output channels of
 such a result: the second half of a low-rank product, which `op.add(y, delta)` adds to the layer's output. `op.rows(x)`
 is x in the form that a chain of products is to have, from the input to `op.add`: there and back once instead of around
-each product. `op.base(x, w)` is `op(x, w)` for the base weight itself. Weights come in torch's layout. Only kernels that
-CPU, GPU and Ascend all have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
+each product. `op.base(x, w)` is `op(x, w)` for the base weight itself. Weights come in torch's layout. Only kernels
+that CPU, GPU and Ascend all have are used, and functions instead of Tensor methods, since mindnlp patches the latter.
 """
 
 from typing import Any

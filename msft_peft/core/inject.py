@@ -336,7 +336,7 @@ def _wrap(model: nn.Cell, adapter: Adapter) -> None:
     for path in sorted(set(adapter.patches) - there, key=len, reverse=True):
         site = adapter.patches[path].site
         if site.kind == "parameter":
-            cell = get_child(model, site.path)
+            cell = get_child(model, _owner(path))
             replace_cells(model, {id(cell): ParameterLayer(cell, site, routing)})
 
 
@@ -589,13 +589,19 @@ def _check_extras(model: nn.Cell, extras: dict[str, Patch], targets: set[str], m
                 "and among trainable_token_indices or target_parameters. target_modules=[] adapts no layers."
             )
         if wanted is ParameterLayer:
-            beside = {other for other, extra in extras.items() if extra.site.path != patch.site.path}
-            _check_owner(patch.site, there.get(path), targets | modules | beside)
+            owner = _owner(path)
+            beside = {other for other in extras if _owner(other) != owner}
+            _check_owner(owner, patch.site, there.get(path), targets | modules | beside)
 
 
-def _check_owner(site: Site, there: Wrapper | None, others: Iterable[str]) -> None:
+def _owner(path: str) -> str:
+    """The module that holds the parameter for which there is a wrapper at this path, maybe inside others."""
+    return path.split(".base_layer")[0]
+
+
+def _check_owner(owner: str, site: Site, there: Wrapper | None, others: Iterable[str]) -> None:
     """The module that holds a parameter is wrapped for that, and its own layers keep their paths."""
-    inside = sorted(path for path in others if lies_inside(path, [site.path]))
+    inside = sorted(path for path in others if lies_inside(path, [owner]))
     if inside:
         raise ConfigError(
             f"target_parameters: {site.path}, which holds {site.weight_name}, also holds what is to be adapted "

@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from msft_peft.core.layer import TunerLayer
 from msft_peft.core.routing import Routing
-from msft_peft.hosts import Site
+from msft_peft.hosts import Site, original
 
 
 class ParameterLayer(TunerLayer):
@@ -18,7 +18,8 @@ class ParameterLayer(TunerLayer):
 
     def __init__(self, base: nn.Cell, site: Site, routing: Routing) -> None:
         super().__init__(base, site, routing)
-        _serve(site.layer, {**_slots_of(site.layer), site.weight_name: _Slot(self)})
+        reader = original(site.layer)
+        _serve(reader, {**_slots_of(reader), site.weight_name: _Slot(self)})
         self.built = True
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,8 +37,9 @@ class ParameterLayer(TunerLayer):
         return w
 
     def released(self) -> None:
-        slots = _slots_of(self.site.layer)
-        _serve(self.site.layer, {name: slot for name, slot in slots.items() if slot.layer is not self})
+        reader = original(self.site.layer)
+        slots = _slots_of(reader)
+        _serve(reader, {name: slot for name, slot in slots.items() if slot.layer is not self})
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is asked of the module, for code that reads its attributes."""
@@ -57,11 +59,11 @@ class _Slot:
         self.layer = layer
 
 
-def _slots_of(module: nn.Cell) -> dict[str, _Slot]:
+def _slots_of(module: Any) -> dict[str, _Slot]:
     return getattr(module, "peft_slots", {})
 
 
-def _serve(module: nn.Cell, slots: dict[str, _Slot]) -> None:
+def _serve(module: Any, slots: dict[str, _Slot]) -> None:
     """Let a module read the parameters of these names through their wrappers, and all others as they are."""
     plain = getattr(module, "peft_plain_class", type(module))
     if not slots:
@@ -75,7 +77,7 @@ def _serve(module: nn.Cell, slots: dict[str, _Slot]) -> None:
 
 
 def _reader(name: str) -> property:
-    def read(self: nn.Cell) -> Tensor:
+    def read(self: Any) -> Tensor:
         return self.peft_slots[name].layer.value()
 
     return property(read)

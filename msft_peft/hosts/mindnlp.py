@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
+from msft_peft.hosts import trainer
 from msft_peft.hosts.host import Host
 from msft_peft.hosts.site import LINEAR, Site
 
@@ -176,7 +177,7 @@ def as_cell(model: Any) -> nn.Cell:
         return model
     cell = model.__dict__.get("peft_mirror")
     if cell is None or not getattr(cell, "peft_config", None):
-        cell = ModuleCell(model)
+        cell = _mirror_class(model.__class__)(model)
         object.__setattr__(model, "peft_mirror", cell)
     return cell
 
@@ -239,14 +240,26 @@ def class_of(model: nn.Cell) -> type:
 
 @functools.cache
 def facade(kind: type, module_class: type) -> type:
-    """A subclass of a `PeftModel` class that transformers' Trainer takes: `forward` has the base model's signature."""
+    """A subclass of a `PeftModel` class that transformers' Trainer takes."""
+    trainer.teach(Trainable)
+    return _taken_for(kind.__name__, (kind, Trainable), module_class)
+
+
+@functools.cache
+def _mirror_class(module_class: type) -> type:
+    """The class of the Cell that mirrors a whole model: the Trainer looks at a base model's, too."""
+    return _taken_for(module_class.__name__, (ModuleCell, PreTrainedModel), module_class)
+
+
+def _taken_for(name: str, bases: tuple[type, ...], module_class: type) -> type:
+    """A class of Cells whose `forward` has the signature of that of a class of Modules."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(module_class.forward)  # type: ignore[attr-defined]
-    fields = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward}
-    return type(kind.__name__, (kind, Trainable), fields)
+    first = bases[0]
+    return type(name, bases, {"__module__": first.__module__, "__doc__": first.__doc__, "forward": forward})
 
 
 @functools.cache

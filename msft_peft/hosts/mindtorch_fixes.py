@@ -39,6 +39,9 @@ def apply() -> None:
     patched._device = mindtorch.device("cpu")
     _keep_gradients_of_moved_tensors(patched)
     _complete(cpu)
+    serialization: Any = importlib.import_module("mindtorch.serialization")
+    if not hasattr(serialization, "safe_globals"):  # a Trainer could not resume; mindtorch unpickles anything as it is
+        serialization.safe_globals = contextlib.nullcontext
 
 
 def _keep_gradients_of_moved_tensors(patched: Any) -> None:

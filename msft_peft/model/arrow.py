@@ -15,6 +15,7 @@ from msft_peft.core import inject
 from msft_peft.core.layer import outer_cells
 from msft_peft.core.targets import matches_name
 from msft_peft.errors import ConfigError
+from msft_peft.hosts import as_cell
 from msft_peft.model.peft_model import PeftModel
 from msft_peft.tuners.lora import ArrowConfig, LoraConfig
 from msft_peft.tuners.lora.arrow import is_plain
@@ -62,6 +63,7 @@ def create_arrow_model(
     names = [*config.task_adapter_names, *config.gks_adapter_names]
     sources = [_source(path) for path in (*tasks, *general)][: len(names)]
     (first, *others) = zip(names, sources, strict=True)
+    base_model = as_cell(base_model)
     held = inject.configs_of(base_model)
     if held:
         raise ConfigError(

@@ -31,6 +31,18 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "target_modules": ["k_proj", "v_proj", "down_proj"],
         "feedforward_modules": ["down_proj"],
     },
+    "dora": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "adalora": {"peft_type": "ADALORA", "init_r": 3, "target_r": 2, "total_step": 10, "target_modules": ["v_proj"]},
+    "vera": {"peft_type": "VERA", "r": 4, "target_modules": ["q_proj", "o_proj"]},
+    "ends": {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens", "lm_head"]},
+    "extras": {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["v_proj"],
+        "trainable_token_indices": {"embed_tokens": [3, 4, 17, 30, 42]},
+        "target_parameters": ["mlp.up_proj.weight", "q_proj.weight"],
+    },
     "prompt": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3},
     "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
 }

@@ -41,7 +41,7 @@ def main() -> None:
         out.loss.backward()
         arrays = {"base": plain, "logits": out.logits.detach().numpy(), "loss": out.loss.detach().numpy()}
         for key, p in model.named_parameters():
-            if p.grad is not None and ("layers.1." in key or "prompt" in key):
+            if p.grad is not None and ("layers.1." in key or "layers" not in key):
                 arrays[f"gradient/{key}"] = p.grad.numpy()
         arrays["tokens"] = model.generate(input_ids=ids[:, :5], max_new_tokens=6, do_sample=False).numpy()
         np.savez_compressed(folder / "io.npz", **arrays)

@@ -28,13 +28,14 @@ from msft_peft import (
     PrefixTuningConfig,
     RoadConfig,
     ShiraConfig,
+    TrainableTokensConfig,
     from_pet_config,
     get_peft_model,
     get_peft_model_state_dict,
 )
-from msft_peft.errors import ConfigError, LoadError, NoBaseModelError
+from msft_peft.errors import ConfigError, LoadError, NoBaseModelError, NoMatchingPeftModuleError
 from msft_peft.hosts import describe
-from tests.hosts.llama import GOLDEN, LINEAR, SIZES, batch, config_of, drawn, golden
+from tests.hosts.llama import ADAPTERS, GOLDEN, LINEAR, SIZES, batch, config_of, drawn, golden
 from tests.tolerances import array, assert_same, differ
 
 OURS = {
@@ -101,7 +102,7 @@ def step(model: nn.Cell, weights: list) -> tuple[Tensor, tuple[Tensor, ...]]:
 # --- names and numbers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3"])
+@pytest.mark.parametrize("name", [name for name, fields in ADAPTERS.items() if "target_modules" in fields])
 def test_hf_adapters_give_hfs_numbers(mode: str, name: str, tmp_path: Path):
     """An adapter of HF peft loads by HF's names, and is saved under them again, to the byte."""
     wanted = golden(name)
@@ -112,16 +113,16 @@ def test_hf_adapters_give_hfs_numbers(mode: str, name: str, tmp_path: Path):
     assert_same(logits(model), wanted["logits"], "merge")
     with model.disable_adapter():
         assert_same(logits(model), wanted["base"], "merge")
+    model.save_pretrained(tmp_path)
     model.merge_adapter()
     assert_same(logits(model), wanted["logits"], "merge")
     model.unmerge_adapter()
     assert_same(logits(model), wanted["logits"], "merge")
-    model.save_pretrained(tmp_path)
     mine, theirs = (safetensors.numpy.load_file(f / "adapter_model.safetensors") for f in (tmp_path, GOLDEN / name))
     assert {key: value.tobytes() for key, value in mine.items()} == {k: v.tobytes() for k, v in theirs.items()}
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["target_modules"] == config_of(name)["target_modules"]
-    assert saved.get("feedforward_modules") == config_of(name).get("feedforward_modules")
+    for field in ("target_modules", "feedforward_modules", "trainable_token_indices", "target_parameters"):
+        assert saved.get(field) == config_of(name).get(field)
 
 
 def test_a_checkpoint_has_mindformers_names_and_comes_back(tmp_path: Path):
@@ -152,6 +153,66 @@ def test_targets_by_either_name(targets, saved):
     again = get_peft_model(llama(), LoraConfig(r=2, target_modules=saved))
     assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(again).keys()
     assert all(".self_attn." in key or ".mlp." in key for key in get_peft_model_state_dict(model))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parameters"),
+    [
+        ({"embed_tokens": [3, 4]}, ["q_proj.weight", "mlp.up_proj.weight"]),
+        ({"tok_embeddings": [3, 4]}, ["wq.weight", "feed_forward.w3.weight"]),
+        ({"model.tok_embeddings": [3, 4]}, ["attention.wq.weight", "up_proj.weight"]),
+        ([3, 4], [f"model.layers.{i}.{end}.weight" for i in range(2) for end in ("attention.wq", "feed_forward.w3")]),
+    ],
+)
+def test_tokens_and_parameters_by_either_name(tokens, parameters):
+    """Whoever says them, the same layers are meant, and files have HF's names; patterns speak these, too."""
+    config = LoraConfig(
+        r=2,
+        target_modules=["v_proj"],
+        trainable_token_indices=tokens,
+        target_parameters=parameters,
+        rank_pattern={"q_proj.weight": 3},
+    )
+    model = get_peft_model(llama(), config)
+    weights = get_peft_model_state_dict(model)
+    below = "base_model.model.model"
+    assert weights[f"{below}.embed_tokens.token_adapter.trainable_tokens_delta"].shape == (2, SIZES["hidden_size"])
+    assert weights[f"{below}.layers.1.self_attn.q_proj.lora_A.weight"].shape == (3, SIZES["hidden_size"])
+    assert weights[f"{below}.layers.1.mlp.up_proj.lora_A.weight"].shape == (2, SIZES["hidden_size"])
+    assert len(weights) == 1 + 3 * 2 * 2
+    saved = model.peft_config["default"]
+    names = [*saved.target_parameters, *(saved.trainable_token_indices if isinstance(tokens, dict) else [])]
+    assert not any("w" in name.rpartition(".weight")[0] or "tok_" in name for name in names), names
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"trainable_token_indices": {"wte": [1]}}, "'wte' matches none"),
+        ({"trainable_token_indices": [60]}, r"model.embed_tokens: \[60\] are none of its 60 rows"),
+        ({"trainable_token_indices": {"wq": [1], "q_proj": [2]}}, "name the same layer"),
+        ({"target_parameters": ["wq.bias"]}, r"\['q_proj.bias'\] match none"),
+        ({"target_parameters": ["attention_norm.weight"]}, r"has the shape \(32,\)"),
+        ({"target_parameters": ["v_proj.weight"]}, "adapted twice"),
+    ],
+)
+def test_tokens_and_parameters_that_are_not_there(fields: dict, error: str):
+    base = llama()
+    before = list(base.parameters_dict())
+    with pytest.raises((ConfigError, NoMatchingPeftModuleError), match=error):
+        get_peft_model(base, LoraConfig(r=2, target_modules=["v_proj"], **fields))
+    assert list(base.parameters_dict()) == before
+
+
+def test_trainable_tokens_alone(tmp_path: Path):
+    model = get_peft_model(llama(), TrainableTokensConfig(token_indices=[3, 4, 17]))
+    for p in model.trainable_params():
+        p.copy_(Tensor(drawn(p.name, tuple(p.shape))))
+    model.save_pretrained(tmp_path)
+    keys = set(safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors"))
+    assert keys == {"base_model.model.model.embed_tokens.trainable_tokens_delta"}
+    assert differ(logits(model.set_train(False)), golden("lora")["base"])
+    assert_same(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model), "exact")
 
 
 def test_all_linear_is_as_in_hf():

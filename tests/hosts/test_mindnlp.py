@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from msft_peft import (
+    ArrowConfig,
     AutoPeftModelForCausalLM,
     IA3Config,
     LoraConfig,
@@ -32,11 +33,13 @@ from msft_peft import (
     PeftModel,
     PeftModelForCausalLM,
     PromptTuningConfig,
+    create_arrow_model,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
-from msft_peft.errors import NoMatchingPeftModuleError
+from msft_peft.errors import ConfigError, NoMatchingPeftModuleError
+from msft_peft.hosts.trainer import teach
 from msft_peft.models import LlamaForCausalLM as OurLlama
 from msft_peft.registry import METHODS
 from tests.hosts.llama import ADAPTERS, GOLDEN, LINEAR, SIZES, batch, config_of, drawn, golden
@@ -106,6 +109,7 @@ def test_hf_adapters_give_hfs_numbers(name: str, tmp_path: Path):
     loss, gradients = step(model, input_ids=IDS, labels=IDS)
     assert abs(loss - wanted["loss"]) < 1e-5
     checked = {key.removeprefix("gradient/"): value for key, value in wanted.items() if key.startswith("gradient/")}
+    checked = {key.replace("vector.default.weight", "vector.default"): value for key, value in checked.items()}
     assert checked
     assert checked.keys() <= gradients.keys()
     for key, value in checked.items():
@@ -175,6 +179,48 @@ def test_several_adapters(tmp_path: Path):
     }
 
 
+def test_a_router_over_adapters(tmp_path: Path):
+    """Arrow, beside our reference model with the same weights and adapters."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    folders = [tmp_path / str(i) for i in range(2)]
+    for i, folder in enumerate(folders):
+        one = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        for p in one.trainable_params():
+            p.copy_(torch.tensor(drawn(f"{i}{p.name}", tuple(p.shape))))
+        one.save_pretrained(folder)
+    model = create_arrow_model(base, folders, ArrowConfig(top_k=1))
+    assert isinstance(model, PeftModelForCausalLM)
+    assert model.active_adapters == ["arrow_router"]
+    routed = logits(model)
+    ours = create_arrow_model(OurLlama.from_pretrained(tmp_path / "base"), folders, ArrowConfig(top_k=1))
+    assert_same(array(ours(ms.Tensor(batch()))["logits"]), routed, "merge")
+    model.set_adapter("task_0")
+    assert differ(logits(model), routed)
+    assert model.unload() is base
+    with pytest.raises(ConfigError, match=r"does not contain 'adapter_config\.json'"):
+        create_arrow_model(base, [tmp_path / "base"], ArrowConfig(top_k=1))
+    assert_same(logits(base), golden("lora")["base"], "merge")
+
+
+def test_a_parameter_is_read_as_adapted_until_the_adapter_goes():
+    base = llama()
+    module = base.model.layers[0].self_attn.q_proj
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"], init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    after = logits(model)
+    assert differ(after, golden("lora")["base"])
+    _, gradients = step(model, input_ids=IDS, labels=IDS)
+    assert all(np.abs(gradient).max() > 1e-6 for gradient in gradients.values())
+    model.merge_adapter()
+    assert_same(logits(model), after, "merge")
+    model.unmerge_adapter()
+    assert model.unload() is base
+    assert base.model.layers[0].self_attn.q_proj is module
+    assert type(module) is torch.nn.Linear
+    assert_same(logits(base), golden("lora")["base"], "merge")
+
+
 def test_checkpoints_of_mindspore(tmp_path: Path):
     model = PeftModel.from_pretrained(llama(), GOLDEN / "lora")
     model.save_pretrained(tmp_path)
@@ -239,32 +285,37 @@ def test_training_by_hand(optimizer: str):
     assert_same(array(model.get_base_model().module.lm_head.weight), keys["base_model.model.lm_head.weight"], "exact")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
-        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    ],
-    ids=["lora", "ia3", "prompt"],
-)
-def test_the_trainer(config: Any, tmp_path: Path):
-    """As HF's scripts have it: it needs to be told nothing about the model."""
-    model = get_peft_model(llama(), config)
+TRAINED = {
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+def trainer_of(model: Any, folder: Path, **fields: Any) -> Trainer:
     rows = [{"input_ids": row, "labels": row} for row in batch().astype(np.int64)] * 4
-    before = {name: array(p) for name, p in model.parameters_and_names()}
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=5e-2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return Trainer(
+        model=model, args=TrainingArguments(**arguments | fields), train_dataset=rows, eval_dataset=rows[:2]
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_trainer(name: str, tmp_path: Path):
+    """As HF's scripts have it: it needs to be told nothing about the model."""
+    model = get_peft_model(llama(), TRAINED[name])
+    before = {name: array(p) for name, p in model.parameters_and_names()}
+    trainer = trainer_of(model, tmp_path)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -272,6 +323,68 @@ def test_the_trainer(config: Any, tmp_path: Path):
     assert trainer.evaluate()["eval_loss"] < losses[0]
     model.save_pretrained(tmp_path / "saved")
     assert_same(logits(PeftModel.from_pretrained(llama(), tmp_path / "saved")), logits(model.eval()), "merge")
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt"])
+def test_the_trainers_checkpoints_are_adapters(name: str, tmp_path: Path):
+    """They hold no base model; training goes on from one as if it had not been interrupted."""
+    model = get_peft_model(llama(), TRAINED[name])
+    trainer_of(model, tmp_path, save_strategy="steps", save_steps=2).train()
+    saved = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= saved
+    assert not {"model.safetensors", "pytorch_model.bin"} & saved
+    last = logits(PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-4"))
+    assert_same(last, logits(model.eval()), "merge")
+    resumed = get_peft_model(llama(), TRAINED[name])
+    trainer = trainer_of(resumed, tmp_path, save_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+    assert_same(logits(resumed.eval()), last, "merge")
+
+
+def test_the_trainer_saves_and_resumes_several_adapters(tmp_path: Path):
+    """None is called "default": transformers would not load that one again, of HF peft's models neither."""
+
+    def two() -> PeftModel:
+        model = get_peft_model(llama(), TRAINED["lora"], "first")
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+        return model
+
+    model = two()
+    trainer_of(model, tmp_path, save_strategy="steps", save_steps=2).train()
+    assert (tmp_path / "checkpoint-2" / "other" / "adapter_model.safetensors").is_file()
+    resumed = two()
+    trainer_of(resumed, tmp_path, save_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.active_adapters == ["first"]
+    for adapter in ("first", "other"):
+        weights = get_peft_model_state_dict(resumed, adapter_name=adapter)
+        for name, value in get_peft_model_state_dict(model, adapter_name=adapter).items():
+            assert_same(weights[name], value, "merge")
+
+
+def test_the_trainer_loads_the_best_adapter(tmp_path: Path):
+    model = get_peft_model(llama(), TRAINED["lora"])
+    every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_of(model, tmp_path, learning_rate=2.0, load_best_model_at_end=True, **every_step)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best != str(tmp_path / "checkpoint-4")
+    assert_same(logits(model.eval()), logits(PeftModel.from_pretrained(llama(), best)), "merge")
+
+
+def test_the_trainer_saves_other_models_whole(tmp_path: Path):
+    get_peft_model(llama(), TRAINED["lora"])  # from here on the Trainer knows what an adapter is
+    trainer = trainer_of(llama(), tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    saved = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert "model.safetensors" in saved
+    assert "adapter_config.json" not in saved
+
+
+def test_another_trainer_is_said_to_save_whole_models(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("transformers.trainer._is_peft_model")
+    with pytest.warns(UserWarning, match='save_strategy="no"'):
+        teach.__wrapped__(object)
 
 
 def test_the_fixes_that_training_needs():

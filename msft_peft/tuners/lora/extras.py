@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mindspore import nn
 
 from msft_peft.backend.tree import named_parameters
 from msft_peft.core.inject import configs_of, held_ids
 from msft_peft.core.layer import site_of
+from msft_peft.core.naming import named_as_in_hf
 from msft_peft.core.patch import Patch
 from msft_peft.core.targets import matches_name
 from msft_peft.core.tied import Tied
 from msft_peft.errors import ConfigError, NoMatchingPeftModuleError
-from msft_peft.hosts import Site, input_table, parameter_site
+from msft_peft.hosts import Site, hf_names, input_table, parameter_site
 from msft_peft.tuners.lora.config import LoraConfig
 from msft_peft.tuners.lora.parameter import LoraParameterPatch
 from msft_peft.tuners.lora.patch import LoraEmbeddingPatch
@@ -83,13 +85,13 @@ def token_patches(
     wanted = config.trainable_token_indices
     if wanted is None:
         return {}
-    paths = {id(cell): path for path, cell in cells.items()}
-    table = input_table(model)
+    names = {path: name for name, path in named_as_in_hf(cells, hf_names(model)).items()}
     if not isinstance(wanted, dict):
-        wanted = {paths[id(table)] if table is not None else "embed_tokens": wanted}
+        table = input_table(model)
+        wanted = {next((names[path] for path, cell in cells.items() if cell is table), "embed_tokens"): wanted}
     found: dict[str, Patch] = {}
     for name, indices in wanted.items():
-        hits = [path for path in cells if matches_name(path, [name])]
+        hits = [path for path in cells if matches_name(names[path], [name])]
         if not hits:
             raise NoMatchingPeftModuleError(
                 f"trainable_token_indices: {name!r} matches none of the base model's {len(cells)} modules. If the "
@@ -101,7 +103,7 @@ def token_patches(
                     f"trainable_token_indices: several names match {path}, the last of them {name!r}. Give each layer "
                     "its tokens under one name."
                 )
-            found[path] = TokensPatch(_rows_of(cells[path], path), config, autocast, indices, TOKEN_KEY)
+            found[path] = TokensPatch(_rows_of(cells[path], names[path]), config, autocast, indices, TOKEN_KEY)
     if tied is not None:
         source, head = tied.table.path, tied.head.path
         same = head in found and source in found and found[head].place == found[source].place
@@ -130,15 +132,18 @@ def parameter_patches(model: nn.Cell, config: LoraConfig, autocast: bool, low_cp
     wanted = config.target_parameters
     held = held_ids(model)
     own = [entry for entry in named_parameters(model) if wanted and id(entry.parameter) not in held]
-    named = {re.sub(r"(\.base_layer)+\.", ".", entry.key): entry for entry in own}
+    named, hf_name = {}, hf_names(model)
+    for entry in own:
+        owner, dot, leaf = re.sub(r"(\.base_layer)+\.", ".", entry.key).rpartition(".")
+        named[hf_name(owner) + dot + leaf] = (owner, entry)
     found: dict[str, Patch] = {}
-    for key, entry in named.items():
+    for key, (owner, entry) in named.items():
         if not matches_name(key, wanted or []):
             continue
-        owner, _, _ = key.rpartition(".")
         if not owner:
             raise ConfigError(f"Targeting a parameter of the top-level module is not supported ({key!r}).")
         site = parameter_site(model, owner, entry.local.rpartition(".")[2])
+        site = replace(site, path=hf_name(owner))
         # What stands there already moves one level in.
         here = [path for path in found if path.split(".base_layer")[0] == owner]
         found |= {f"{path}.base_layer": found.pop(path) for path in sorted(here, key=len, reverse=True)}
