@@ -28,7 +28,6 @@ CONFIG_NAME = "adapter_config.json"
 NOT_BUILT = {
     "ADAMSS": "Adamss",
     "ADAPTION_PROMPT": "AdaptionPrompt",
-    "BEFT": "Beft",
     "CARTRIDGE": "Cartridge",
     "DEFT": "Deft",
     "FROD": "Frod",
