@@ -118,6 +118,10 @@ from msft_peft.tuners.adalora import (
     AdaLoraConfig,
     AdaLoraModel,
 )
+from msft_peft.tuners.beft import (
+    BeftConfig,
+    BeftModel,
+)
 from msft_peft.tuners.bitfit import (
     BitFitConfig,
 )
@@ -286,6 +290,8 @@ __all__ = [
     "BOFTConfig",
     "BOFTModel",
     "BdLoraConfig",
+    "BeftConfig",
+    "BeftModel",
     "BitFitConfig",
     "BottleneckAdapterConfig",
     "C3AConfig",

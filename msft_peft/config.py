@@ -29,7 +29,6 @@ CONFIG_NAME = "adapter_config.json"
 NOT_BUILT = {
     "ADAMSS": "Adamss",
     "ADAPTION_PROMPT": "AdaptionPrompt",
-    "BEFT": "Beft",
     "DEFT": "Deft",
     "FROD": "Frod",
     "GLORA": "Glora",

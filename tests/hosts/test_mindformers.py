@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from msft_peft import (
     AdaLoraConfig,
     AutoPeftModelForCausalLM,
+    BeftConfig,
     BitFitConfig,
     BOFTConfig,
     IA3Config,
@@ -431,6 +432,7 @@ CHANGE_THE_BIAS = [
     RoadConfig(group_size=2),
     ShiraConfig(r=1),
     LoraConfig(use_dora=True),
+    BeftConfig(),
     BitFitConfig(),
 ]
 

@@ -205,6 +205,7 @@ METHOD_CASES = {
         other("BOFT", "linear_number", "mlp", "lin1", boft_block_size=0, boft_block_num=2, bias="boft_only"),
         other("BOFT", "conv2d", "conv2d_square", "conv0", "conv1", boft_block_size=0, boft_block_num=1),
         other("Poly", "splits", "blocks", "q_proj", "up", merges=False, r=3, n_skills=3, n_splits=2),
+        other("Beft", "linear", "mlp", "lin0", "out"),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

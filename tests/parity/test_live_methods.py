@@ -2,6 +2,7 @@
 
 import numpy as np
 import peft
+import pytest
 import torch
 from peft.tuners.loha import layer as hf_loha
 
@@ -65,3 +66,19 @@ def test_oft_on_a_convolution_is_what_it_is_merged_to():
     angles = hf.base_model.model.conv0.oft_R["default"].weight.detach().numpy()
     mine.base_model.model.conv0.adapters["default"].angles.copy_(ours.ms.Tensor(angles))
     same("output", mine(ours.ms.Tensor(x)).asnumpy(), merged)
+
+
+def test_beft_of_a_layer_without_a_bias(tmp_path):
+    """It gains one, and cannot be merged."""
+    case = other("Beft", "gained", "mlp", "lin0", "lin1")
+    weights, x, target = theirs.data(case, 1)
+    hf = theirs.create(case, weights, 1)
+    hf.save_pretrained(tmp_path)
+    mine = ours.load(case, weights, tmp_path)
+    _, output, gradients = theirs.gradients(hf, x, target)
+    _, y, grads = ours.gradients(mine, x, target)
+    same("output", y, output)
+    same_dicts("gradient", grads, gradients)
+    for model in (hf, mine):
+        with pytest.raises(ValueError, match="Base layer has no bias, cannot merge bias adapter"):
+            model.merge_adapter()
