@@ -13,7 +13,7 @@ from msft_peft.backend.recompute import is_recomputed, set_recompute
 from msft_peft.backend.tree import get_child
 from msft_peft.core.prompt import PREFIX_STATES, prompts_of
 from msft_peft.errors import ConfigError, PeftWarning
-from msft_peft.hosts import all_blocks, cell_lists
+from msft_peft.hosts import all_blocks, cell_lists, original
 
 # Their kernels draw from seeds that cannot be set.
 _UNREPEATABLE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -41,6 +41,10 @@ def set_checkpointing(
     unknown = sorted({*arguments.mapping("gradient_checkpointing_kwargs", kwargs or {})} - {"use_reentrant"})
     if unknown:
         raise ConfigError(f"gradient_checkpointing_kwargs: {unknown} mean nothing here; only use_reentrant is known.")
+    module = original(model)
+    if module is not model and blocks is None:  # it is no Cell: its library knows how to
+        module.gradient_checkpointing_enable() if enabled else module.gradient_checkpointing_disable()
+        return
     named = [blocks] if isinstance(blocks, str) else blocks
     paths = all_blocks(model) if named is None else arguments.strings("blocks", named)
     lists = cell_lists(model)
@@ -69,5 +73,6 @@ def set_checkpointing(
 
 
 def is_checkpointing(model: nn.Cell) -> bool:
-    """Whether any Cell of the model is recomputed."""
-    return any(is_recomputed(cell) for _, cell in model.cells_and_names())
+    """Whether any Cell of the model is recomputed, or its library does it."""
+    theirs = getattr(original(model), "is_gradient_checkpointing", False)
+    return bool(theirs) or any(is_recomputed(cell) for _, cell in model.cells_and_names())

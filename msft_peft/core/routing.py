@@ -111,7 +111,7 @@ class Routing:
 
     def invoked(self, y: Tensor) -> Tensor:
         """(B, T, 1), bool: the tokens of y (B, T, features) from the invocation on."""
-        place = ops.reshape(ops.arange(y.shape[1]), (1, -1, 1))
+        place = ops.reshape(ops.range(0, y.shape[1], 1), (1, -1, 1))
         return place >= y.shape[1] - ops.reshape(self._rows(self._starts, y), (-1, 1, 1))
 
     def _require_rows(self, y: Tensor) -> None:
@@ -144,7 +144,7 @@ def invocations(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
     found = ops.equal(ids[:, :places], tokens[0])
     for offset in range(1, len(tokens)):
         found = ops.logical_and(found, ops.equal(ids[:, offset : offset + places], tokens[offset]))
-    left = ops.reshape(length - ops.arange(places), (1, -1))
+    left = ops.reshape(length - ops.range(0, places, 1), (1, -1))
     # The last occurrence leaves the fewest tokens; none at all leaves a number out of reach.
     least = ops.min(ops.where(found, left, ops.full_like(left, length + 1)), 1)[0]
     return ops.cast(ops.where(least > length, ops.zeros_like(least), least), ms.int32)

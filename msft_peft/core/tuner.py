@@ -334,10 +334,12 @@ def base_of(model: nn.Cell) -> nn.Cell:
     """The Cell that holds the adapters: the base model inside a `PeftModel` or a `Tuner`, or else `model` itself.
 
     Raises:
-        TypeError: it is no Cell.
+        TypeError: it is no Cell, and none can stand for it.
     """
-    if not isinstance(model, nn.Cell):
-        raise TypeError(f"a model is a mindspore.nn.Cell, got {type(model).__name__}")
+    try:
+        model = as_cell(model)
+    except ConfigError as error:
+        raise TypeError(f"a model is a mindspore.nn.Cell, got {type(model).__name__}") from error
     inner = getattr(model, "base_model", None)
     if isinstance(inner, nn.Cell) and prompts_of(inner) is not None:
         return inner

@@ -104,22 +104,23 @@ def describe(cell: nn.Cell, path: str) -> Site | None:
     for classes, build in _LAYERS:
         if isinstance(cell, classes):
             return build(cell, path)
-    if _is_norm(cell):
-        return _norm(cell, path)
+    norm = own_norm(cell, path)
+    if norm is not None:
+        return norm
     # GPT-2's Conv1D exists in several libraries, none of which we import: known by its name and its two sizes.
     if type(cell).__name__ == "Conv1D" and hasattr(cell, "nf") and len(cell.weight.shape) == 2:
         return _transposed_dense(cell, path)
     return None
 
 
-def _is_norm(cell: nn.Cell) -> bool:
-    """Whether it is a norm of some library's own: by its name, and by having one factor a channel and maybe a bias."""
+def own_norm(cell: nn.Cell, path: str) -> Site | None:
+    """The Site of a norm that some library made itself: known by its name, one factor a channel and maybe a bias."""
     shapes = {name: p.shape for name, p in cell._params.items() if p is not None}
     factors = {"weight", "gamma"} & set(shapes)
     fits = (
         len(factors) == 1 and set(shapes) <= {*factors, "bias", "beta"} and all(len(s) == 1 for s in shapes.values())
     )
-    return fits and "Norm" in type(cell).__name__
+    return _norm(cell, path) if fits and "Norm" in type(cell).__name__ else None
 
 
 def parameter_site(model: nn.Cell, owner: str, name: str) -> Site:

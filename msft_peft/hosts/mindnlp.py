@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
-from msft_peft.hosts import trainer
+from msft_peft.hosts import cells, trainer
 from msft_peft.hosts.host import Host
 from msft_peft.hosts.site import LINEAR, Site
 
@@ -42,6 +42,7 @@ class ModuleCell(nn.Cell):
         """Take the Module's parameters and children as they are now; what is shared there is shared here."""
         known = {} if known is None else known
         known[id(self.module)] = self
+        before = dict(self._cells)
         self._params.clear()
         self._cells.clear()
         for name, p in self.module._parameters.items():
@@ -49,8 +50,10 @@ class ModuleCell(nn.Cell):
                 mine = known.setdefault(id(p), _as_parameter(p))
                 self._params[name] = self.module._parameters[name] = known[id(mine)] = mine
         for name, child in self.module._modules.items():
-            if child is not None:
-                self._cells[name] = known.get(id(child)) or ModuleCell(child, known)
+            if isinstance(child, _shim_class()):
+                self._cells[name] = child.cell
+            elif child is not None:
+                self._cells[name] = known.get(id(child)) or _mirrored(child, before.get(name), known)
         super().add_flags(training=self.module.training)
 
     def settle(self) -> None:
@@ -95,21 +98,25 @@ class ModuleCell(nn.Cell):
         return _with_sequences(self.module.generate(**kwargs | given), lambda tokens: tokens[:, n:])
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        ends = (self.module.get_input_embeddings(), self.module.get_output_embeddings())
+        new: dict[int, Any] = {}  # the two may share one
+        for layer in ends:
+            p = None if layer is None else layer._parameters.get("weight")
+            if isinstance(p, Parameter):  # of which the library cannot replace the data
+                own = importlib.import_module("mindtorch").nn.Parameter
+                layer._parameters["weight"] = new.setdefault(id(p), own(Tensor(p), requires_grad=p.requires_grad))
         table = self.module.resize_token_embeddings(*args, **kwargs)
         self.mirror()
         return table
 
-    def get_input_embeddings(self) -> nn.Cell | None:
-        return self.cell_of(self.module.get_input_embeddings())
-
-    def get_output_embeddings(self) -> nn.Cell | None:
-        return self.cell_of(self.module.get_output_embeddings())
+    def extend_repr(self) -> str:
+        return self.module.extra_repr()
 
     def cell_of(self, module: Any) -> nn.Cell | None:
         """The Cell below this one that stands for a Module, or that a shim calls."""
-        cells = (cell for _, cell in self.cells_and_names())
+        below = (cell for _, cell in self.cells_and_names())
         wanted = getattr(module, "cell", None)
-        return next((c for c in cells if c is wanted or (isinstance(c, ModuleCell) and c.module is module)), None)
+        return next((c for c in below if c is wanted or (isinstance(c, ModuleCell) and c.module is module)), None)
 
     def __getitem__(self, key: Any) -> nn.Cell:
         """A child, by its place or by its name: of lists of blocks."""
@@ -177,7 +184,7 @@ def as_cell(model: Any) -> nn.Cell:
         return model
     cell = model.__dict__.get("peft_mirror")
     if cell is None or not getattr(cell, "peft_config", None):
-        cell = _mirror_class(model.__class__)(model)
+        cell = _mirrored(model)
         object.__setattr__(model, "peft_mirror", cell)
     return cell
 
@@ -215,7 +222,7 @@ def describe(cell: nn.Cell, path: str) -> Site | None:
     if norm is not None:
         return Site(path, "norm", shape[-1], shape[-1], shape, DenseOp(), cell, channel_axis=_NORMS[norm])
     kind = next((name for name in names if name in ("Conv1d", "Conv2d", "Conv3d")), None)
-    return None if kind is None else _conv(cell, path, int(kind[4]), shape)
+    return cells.own_norm(cell, path) if kind is None else _conv(cell, path, int(kind[4]), shape)
 
 
 def _conv(cell: nn.Cell, path: str, dims: int, shape: tuple[int, ...]) -> Site | None:
@@ -226,6 +233,21 @@ def _conv(cell: nn.Cell, path: str, dims: int, shape: tuple[int, ...]) -> Site |
     op = ConvOp(dims, module.in_channels, tuple(module.stride), tuple(module.dilation), "pad", padding)
     sizes = (module.in_channels, module.out_channels)
     return Site(path, f"conv{dims}d", *sizes, shape, op, cell, groups=module.groups, channel_axis=1)
+
+
+def input_table(model: nn.Cell) -> nn.Cell | None:
+    """The Cell that stands for the layer that turns tokens into vectors."""
+    return _end_of(model, "get_input_embeddings")
+
+
+def output_head(model: nn.Cell) -> nn.Cell | None:
+    """The Cell that stands for the layer that turns hidden states into logits."""
+    return _end_of(model, "get_output_embeddings")
+
+
+def _end_of(model: nn.Cell, name: str) -> nn.Cell | None:
+    get = getattr(original(model), name, None)
+    return model.cell_of(get()) if isinstance(model, ModuleCell) and callable(get) else None
 
 
 def signature(model: nn.Cell) -> inspect.Signature:
@@ -245,9 +267,17 @@ def facade(kind: type, module_class: type) -> type:
     return _taken_for(kind.__name__, (kind, Trainable), module_class)
 
 
+def _mirrored(module: Any, cell: nn.Cell | None = None, known: dict[int, Any] | None = None) -> ModuleCell:
+    """The Cell that mirrors a Module: the one that did before, brought up to date, or a new one."""
+    if isinstance(cell, ModuleCell) and cell.module is module:
+        cell.mirror(known)
+        return cell
+    return _mirror_class(module.__class__)(module, known)
+
+
 @functools.cache
-def _mirror_class(module_class: type) -> type:
-    """The class of the Cell that mirrors a whole model: the Trainer looks at a base model's, too."""
+def _mirror_class(module_class: type) -> type[ModuleCell]:
+    """Its class, called as the Module's is: people read it in a printed model, the Trainer asks for its `forward`."""
     return _taken_for(module_class.__name__, (ModuleCell, PreTrainedModel), module_class)
 
 
@@ -263,7 +293,7 @@ def _taken_for(name: str, bases: tuple[type, ...], module_class: type) -> type:
 
 
 @functools.cache
-def _shim_class() -> type:
+def _shim_class() -> Any:
     """A Module that calls a Cell."""
     module = importlib.import_module("mindtorch").nn.Module
 
@@ -343,6 +373,8 @@ HOST = Host(
     "mindnlp",
     owns,
     describe,
+    input_table=input_table,
+    output_head=output_head,
     as_cell=as_cell,
     original=original,
     settle=settle,

@@ -73,8 +73,8 @@ def prepare_model_for_kbit_training(
         raise ConfigError("gradient_checkpointing_kwargs mean nothing with use_gradient_checkpointing=False.")
     if use_gradient_checkpointing:
         set_checkpointing(base, True, kwargs=gradient_checkpointing_kwargs)
-    for p in model.get_parameters():
+    for p in base.get_parameters():
         p.requires_grad = False
-    halves_to_float32(model)
+    halves_to_float32(base)
     drop_compiled()
     return model

@@ -13,6 +13,7 @@ from msft_peft.core.layer import TunerLayer, wrappers
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import ConfigError, MergeError
+from msft_peft.hosts import as_cell
 
 
 def cast_mixed_precision_params(model: nn.Cell, dtype: Any) -> None:
@@ -35,7 +36,7 @@ def cast_mixed_precision_params(model: nn.Cell, dtype: Any) -> None:
     layers = [wrapper for _, wrapper in wrappers(base) if isinstance(wrapper, TunerLayer)]
     if any(layer.merged for layer in layers):
         raise MergeError("Cannot cast the parameters while adapters are merged: call unmerge_adapter() first.")
-    for p in model.get_parameters():
+    for p in as_cell(model).get_parameters():
         _cast(p, ms.float32 if p.requires_grad else dtype)
     for layer in layers:
         for patch in layer.held().values():

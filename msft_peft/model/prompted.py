@@ -209,7 +209,7 @@ class Prompted(nn.Cell):
 
     def _positions(self, mask: Tensor | None, batch: int, length: int) -> Tensor:
         """Positions (B, T) as a forward pass, training for instance, counts them by itself: over padding, too."""
-        slots = ops.arange(length)
+        slots = ops.range(0, length, 1)
         count = getattr(self.base_model.base_model, "positions", None)  # a model may count in a way of its own
         return ops.broadcast_to(slots if count is None else count(slots, length, mask), (batch, length))
 

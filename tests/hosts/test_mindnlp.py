@@ -28,15 +28,18 @@ from msft_peft import (
     ArrowConfig,
     AutoPeftModelForCausalLM,
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    PrefixTuningConfig,
     PromptTuningConfig,
     create_arrow_model,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    prepare_model_for_kbit_training,
 )
 from msft_peft.errors import ConfigError, NoMatchingPeftModuleError
 from msft_peft.hosts.trainer import teach
@@ -411,6 +414,115 @@ def test_every_method_of_layers(name: str):
     assert any(np.abs(gradient).max() > 0 for gradient in gradients.values())
     with model.disable_adapter():
         assert_same(logits(model), golden("lora")["base"], "merge")
+
+
+def test_norms_that_transformers_made_itself():
+    model = get_peft_model(llama(), LNTuningConfig(task_type="CAUSAL_LM"))
+    assert_same(logits(model), golden("lora")["base"], "merge")
+    _, gradients = step(model, input_ids=IDS, labels=IDS)
+    assert {name.split(".")[-4] for name in gradients} == {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert all(np.abs(gradient).max() > 1e-6 for gradient in gradients.values())
+    for p in model.trainable_params():
+        p.copy_(torch.tensor(2 * array(p)))
+    after = logits(model)
+    assert differ(after, golden("lora")["base"])
+    model.merge_adapter()
+    assert_same(logits(model), after, "merge")
+
+
+def test_tokens_after_an_invocation(tmp_path: Path):
+    """Activated LoRA, beside our reference model with the same weights and adapter."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(**ADAPTERS["lora"] | {"alora_invocation_tokens": [int(batch()[0, 5])]}, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for p in model.trainable_params():
+        p.copy_(torch.tensor(drawn(p.name, tuple(p.shape))))
+    model.save_pretrained(tmp_path / "adapter")
+    ours = PeftModel.from_pretrained(OurLlama.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert_same(array(ours(ms.Tensor(batch()))["logits"]), logits(model), "merge")
+    assert differ(logits(model), golden("lora")["base"])
+
+
+# --- what HF's scripts do besides -----------------------------------------------------------------------------------
+
+
+def test_checkpointing_is_the_librarys_own(tmp_path: Path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(llama(), config).train()
+    module = model.get_base_model().module
+    _, wanted = step(model, input_ids=IDS, labels=IDS)
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    assert module.is_gradient_checkpointing
+    _, gradients = step(model, input_ids=IDS, labels=IDS)
+    for name, gradient in wanted.items():
+        assert_same(gradients[name], gradient, "gradient")
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    trainer_of(model, tmp_path, max_steps=1, gradient_checkpointing=True).train()
+    assert module.is_gradient_checkpointing
+    with pytest.raises(ConfigError, match="PREFIX_TUNING does not work"):
+        get_peft_model(model.unload(), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+
+
+def test_noise_at_the_embeddings(tmp_path: Path):
+    """NEFTune, which the Trainer hangs onto the input embeddings."""
+    losses = []
+    for noise in (None, 50.0):
+        model = get_peft_model(llama(), TRAINED["lora"])
+        trainer = trainer_of(model, tmp_path, max_steps=1, neftune_noise_alpha=noise)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_larger_vocabulary(tied: bool):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(llama(tie_word_embeddings=tied), config)
+    before, names = logits(model), [name for name, _ in model.parameters_and_names()]
+    model.resize_token_embeddings(64, mean_resizing=False)
+    after = logits(model)
+    assert after.shape[-1] == 64
+    assert_same(after[..., :60], before, "exact")
+    assert [name for name, _ in model.parameters_and_names()] == names
+    assert {p.name for p in model.trainable_params()} == {name for name in names if "lora" in name}
+    _, gradients = step(model, input_ids=IDS, labels=IDS)
+    assert all(np.abs(gradient).max() > 1e-6 for gradient in gradients.values())
+    with model.disable_adapter():
+        assert differ(logits(model), after)
+    assert model.unload().get_input_embeddings().weight.shape == (64, SIZES["hidden_size"])
+
+
+def test_a_model_in_half_precision():
+    model = PeftModel.from_pretrained(llama().half(), GOLDEN / "lora", is_trainable=True).eval()
+    assert {p.dtype for p in model.trainable_params()} == {ms.float32}
+    assert logits(model).dtype == np.float16
+    np.testing.assert_allclose(logits(model), golden("lora")["logits"], atol=0.05)
+    before = [array(p) for p in model.get_base_model().module.parameters()]
+    model.merge_adapter()
+    np.testing.assert_allclose(logits(model), golden("lora")["logits"], atol=0.05)
+    model.unmerge_adapter()
+    for p, value in zip(model.get_base_model().module.parameters(), before):
+        assert_same(array(p), value, "exact")
+
+
+def test_preparing_the_model_itself():
+    base = llama().half()
+    assert prepare_model_for_kbit_training(base) is base
+    assert base.is_gradient_checkpointing
+    assert {p.dtype for p in base.parameters()} == {ms.float32}
+    assert not any(p.requires_grad for p in base.parameters())
+    with pytest.raises(TypeError, match=r"a mindspore\.nn\.Cell, got dict"):
+        prepare_model_for_kbit_training({})
+
+
+def test_layers_are_called_as_the_library_calls_them():
+    with pytest.raises(ConfigError, match=r"input_layernorm \(LlamaRMSNorm\) is not supported"):
+        get_peft_model(llama(), LoraConfig(target_modules=["input_layernorm"]))
+    model = get_peft_model(llama(), LoraConfig(target_modules=["v_proj"]))
+    assert "(q_proj): Linear(in_features=32, out_features=32, bias=False)" in repr(model)
 
 
 # --- other models ---------------------------------------------------------------------------------------------------
