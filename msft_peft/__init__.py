@@ -199,6 +199,10 @@ from msft_peft.tuners.oft import (
     OFTConfig,
     OFTModel,
 )
+from msft_peft.tuners.peanut import (
+    PeanutConfig,
+    PeanutModel,
+)
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
@@ -326,6 +330,8 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "PeanutConfig",
+    "PeanutModel",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",

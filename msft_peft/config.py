@@ -34,7 +34,6 @@ NOT_BUILT = {
     "GLORA": "Glora",
     "LILY": "Lily",
     "OSF": "OSF",
-    "PEANUT": "Peanut",
     "POLY": "Poly",
     "PSOFT": "Psoft",
     "PVERA": "Pvera",

@@ -311,7 +311,11 @@ _OWN = ("weight", "bias", "std_prior", "expert_weights_prior", "gaussian_var_pri
 def place_of(key: str) -> tuple[str, str]:
     """Where in a key HF puts the adapter's name: after the first part of the pair.
 
-    "lora_A.weight" -> ("lora_A", "weight"), but "lora_embedding_A" -> ("lora_embedding_A", "").
+    "lora_A.weight" -> ("lora_A", "weight"), but "lora_embedding_A" -> ("lora_embedding_A", ""). Of a list of modules
+    each adapter has its own: "peanut_encoders.0.weight" -> ("peanut_encoders", "0.weight").
     """
     stem, _, leaf = key.rpartition(".")
-    return (stem, leaf) if stem and leaf in _OWN else (key, "")
+    if not stem or leaf not in _OWN:
+        return key, ""
+    outer, _, number = stem.rpartition(".")
+    return (outer, f"{number}.{leaf}") if number.isdigit() else (stem, leaf)

@@ -27,10 +27,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from msft_peft.backend.activations import tanh
 from msft_peft.models.attention import attend, causal_mask, heads_first, padding_mask, remember
 from msft_peft.models.config import MT5Config, T5Config
 from msft_peft.models.generation import Seq2SeqModel
-from msft_peft.models.layers import Embedding, RMSNorm, activation, linear, tanh
+from msft_peft.models.layers import Embedding, RMSNorm, activation, linear
 from msft_peft.models.losses import IGNORE, answer_loss, classification_loss, cross_entropy
 from msft_peft.models.pretrained import PreTrainedModel
 

@@ -46,6 +46,8 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], int, float]] = [
     ("vera-default", "VeraConfig", QV, 129_024, 6.5),
     ("vblora-default", "VBLoRAConfig", QV, 1_212_416, 4.6),
     ("beft-target-v_proj", "BeftConfig", {"target_modules": ["v_proj"]}, 28_672, 0.1),
+    ("peanut-rank32", "PeanutConfig", QV | {"scaling": 2.0}, 7_340_032, 28.0),
+    ("peanut-rank1", "PeanutConfig", QV | {"r": 1, "scaling": 32.0}, 229_376, 0.9),
     ("fourierft-default", "FourierFTConfig", QV, 56_000, 0.2),
     ("fourierft-n_frequency-5000", "FourierFTConfig", QV | {"n_frequency": 5000}, 280_000, 1.1),
     ("ln_tuning-default", "LNTuningConfig", {}, 175_104, 0.3),

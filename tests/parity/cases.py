@@ -205,6 +205,8 @@ METHOD_CASES = {
         other("BOFT", "linear_number", "mlp", "lin1", boft_block_size=0, boft_block_num=2, bias="boft_only"),
         other("BOFT", "conv2d", "conv2d_square", "conv0", "conv1", boft_block_size=0, boft_block_num=1),
         other("Beft", "linear", "mlp", "lin0", "out"),
+        other("Peanut", "linear", "mlp", "lin0", "lin1", r=3, scaling=0.7),
+        other("Peanut", "deep", "mlp", "lin0", "out", r=2, depth=2, act_fn="gelu_new"),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

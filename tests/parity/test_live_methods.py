@@ -5,8 +5,9 @@ import peft
 import pytest
 import torch
 from peft.tuners.loha import layer as hf_loha
+from transformers.activations import ACT2FN
 
-from msft_peft import HiraConfig, OFTConfig, get_peft_model
+from msft_peft import HiraConfig, OFTConfig, PeanutConfig, get_peft_model
 
 from . import ours, theirs
 from .cases import other, same, same_dicts
@@ -82,3 +83,26 @@ def test_beft_of_a_layer_without_a_bias(tmp_path):
     for model in (hf, mine):
         with pytest.raises(ValueError, match="Base layer has no bias, cannot merge bias adapter"):
             model.merge_adapter()
+
+
+@pytest.mark.parametrize("name", sorted(ACT2FN))
+def test_peanut_with_each_activation(name, tmp_path):
+    case = other("Peanut", name, "mlp", "lin0", "out", r=3, depth=1, act_fn=name)
+    weights, x, target = theirs.data(case, 1)
+    hf = theirs.create(case, weights, 1)
+    hf.save_pretrained(tmp_path)
+    mine = ours.load(case, weights, tmp_path)
+    _, output, gradients = theirs.gradients(hf, x, target)
+    _, y, grads = ours.gradients(mine, x, target)
+    same("output", y, output)
+    same_dicts("gradient", grads, gradients)
+
+
+def test_peanut_s_layers_are_named_as_in_hf():
+    case = other("Peanut", "names", "mlp", "lin0", depth=2)
+    weights, _, _ = theirs.data(case, 1)
+    hf = peft.get_peft_model(theirs.build("mlp", weights), peft.PeanutConfig(**case.config))
+    mine = get_peft_model(ours.build("mlp", weights), PeanutConfig(**case.config))
+    assert [p.name for p in mine.trainable_params()] == [n for n, p in hf.named_parameters() if p.requires_grad]
+    encoder = mine.base_model.model.lin0.peanut_encoders["default"][1]
+    assert tuple(encoder.weight.shape) == tuple(hf.base_model.model.lin0.peanut_encoders["default"][1].weight.shape)

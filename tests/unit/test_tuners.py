@@ -61,6 +61,9 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "c3a: bias": ("C3A", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
     "miss: init": ("Miss", {"init_weights": "bats"}, ValueError, "must be True, False, 'bat' or 'mini'"),
     "gralora: blocks": ("Gralora", {"r": 5}, ValueError, "r should be divisible by gralora_k, but got 5 and 2"),
+    "peanut: rank": ("Peanut", {"r": 0}, ValueError, "`r` should be a positive integer"),
+    "peanut: depth": ("Peanut", {"depth": -1}, ValueError, "`depth` can only be a non-negative integer"),
+    "peanut: activation": ("Peanut", {"act_fn": "x"}, ValueError, r"Unsupported `act_fn`: x. Must be one of \['gelu'"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
 }
 # What a model makes impossible.
