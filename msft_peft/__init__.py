@@ -126,6 +126,10 @@ from msft_peft.tuners.c3a import (
     C3AConfig,
     C3AModel,
 )
+from msft_peft.tuners.deft import (
+    DeftConfig,
+    DeftModel,
+)
 from msft_peft.tuners.delora import (
     DeloraConfig,
     DeloraModel,
@@ -290,6 +294,8 @@ __all__ = [
     "CPTEmbedding",
     "ConfigError",
     "CordaConfig",
+    "DeftConfig",
+    "DeftModel",
     "DeloraConfig",
     "DeloraModel",
     "EvaConfig",

@@ -29,7 +29,6 @@ NOT_BUILT = {
     "ADAMSS": "Adamss",
     "ADAPTION_PROMPT": "AdaptionPrompt",
     "CARTRIDGE": "Cartridge",
-    "DEFT": "Deft",
     "FROD": "Frod",
     "GLORA": "Glora",
     "LILY": "Lily",

@@ -48,6 +48,8 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], int, float]] = [
     ("beft-target-v_proj", "BeftConfig", {"target_modules": ["v_proj"]}, 28_672, 0.1),
     ("peanut-rank32", "PeanutConfig", QV | {"scaling": 2.0}, 7_340_032, 28.0),
     ("peanut-rank1", "PeanutConfig", QV | {"r": 1, "scaling": 32.0}, 229_376, 0.9),
+    ("deft-rank32", "DeftConfig", QV | {"r": 32}, 9_175_040, 35.0),
+    ("deft-rank32-para", "DeftConfig", QV | {"r": 32, "para": True}, 3_670_016, 14.0),
     ("fourierft-default", "FourierFTConfig", QV, 56_000, 0.2),
     ("fourierft-n_frequency-5000", "FourierFTConfig", QV | {"n_frequency": 5000}, 280_000, 1.1),
     ("ln_tuning-default", "LNTuningConfig", {}, 175_104, 0.3),

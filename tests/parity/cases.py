@@ -207,6 +207,10 @@ METHOD_CASES = {
         other("Beft", "linear", "mlp", "lin0", "out"),
         other("Peanut", "linear", "mlp", "lin0", "lin1", r=3, scaling=0.7),
         other("Peanut", "deep", "mlp", "lin0", "out", r=2, depth=2, act_fn="gelu_new"),
+        other("Deft", "linear", "mlp", "lin0", "lin1", r=3, alpha=5, bias="deft_only"),
+        other("Deft", "qr", "mlp", "lin0", "out", r=4, decomposition_method="qr", deft_dropout=0.5),
+        other("Deft", "para", "blocks", "up", "q_proj", r=2, para=True),
+        other("Deft", "hf_conv1d", "gpt2", "c_attn", r=3, fan_in_fan_out=True),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

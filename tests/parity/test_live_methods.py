@@ -7,7 +7,7 @@ import torch
 from peft.tuners.loha import layer as hf_loha
 from transformers.activations import ACT2FN
 
-from msft_peft import HiraConfig, OFTConfig, PeanutConfig, get_peft_model
+from msft_peft import DeftConfig, HiraConfig, OFTConfig, PeanutConfig, get_peft_model
 
 from . import ours, theirs
 from .cases import other, same, same_dicts
@@ -106,3 +106,20 @@ def test_peanut_s_layers_are_named_as_in_hf():
     assert [p.name for p in mine.trainable_params()] == [n for n, p in hf.named_parameters() if p.requires_grad]
     encoder = mine.base_model.model.lin0.peanut_encoders["default"][1]
     assert tuple(encoder.weight.shape) == tuple(hf.base_model.model.lin0.peanut_encoders["default"][1].weight.shape)
+
+
+@pytest.mark.parametrize("method", ["relu", "qr"])
+def test_deft_begins_with_the_r_of_hf(method, tmp_path):
+    """It puts in what P takes out."""
+    case = other("Deft", "fresh", "mlp", "lin0", "lin1", r=3, alpha=5, decomposition_method=method)
+    weights, _, _ = theirs.data(case, 1)
+    mine = get_peft_model(ours.build("mlp", weights), DeftConfig(**case.config))
+    mine.save_pretrained(tmp_path)
+    hf = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path)
+    for name in ("lin0", "lin1"):
+        layer = getattr(hf.base_model.model, name)
+        p, r = layer.deft_P["default"].detach().clone(), layer.deft_R["default"].detach().numpy().copy()
+        with torch.no_grad():
+            q = torch.linalg.qr(p)[0] if method == "qr" else torch.relu(p)
+        same("weight", r, (q.T @ torch.tensor(weights[f"{name}.weight"])).numpy() * 3 / 5)
+        assert np.abs(layer.get_delta_weight("default").detach().numpy()).max() < 1e-6

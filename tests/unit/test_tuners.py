@@ -64,6 +64,11 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "peanut: rank": ("Peanut", {"r": 0}, ValueError, "`r` should be a positive integer"),
     "peanut: depth": ("Peanut", {"depth": -1}, ValueError, "`depth` can only be a non-negative integer"),
     "peanut: activation": ("Peanut", {"act_fn": "x"}, ValueError, r"Unsupported `act_fn`: x. Must be one of \['gelu'"),
+    "deft: method": ("Deft", {"decomposition_method": "svd"}, ValueError, "Unknown decomposition_method 'svd', must"),
+    "deft: rank": ("Deft", {"r": 0}, ValueError, "`r` should be a positive integer"),
+    "deft: scale": ("Deft", {"init_scale": -1.0}, ValueError, "`init_scale` is the factor of a deviation"),
+    "deft: dropout": ("Deft", {"deft_dropout": 1.0}, ValueError, r"`deft_dropout` is a probability in \[0, 1\)"),
+    "deft: bias": ("Deft", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
 }
 # What a model makes impossible.
