@@ -138,6 +138,10 @@ from msft_peft.tuners.fourierft import (
     FourierFTConfig,
     FourierFTModel,
 )
+from msft_peft.tuners.glora import (
+    GloraConfig,
+    GloraModel,
+)
 from msft_peft.tuners.gralora import (
     GraloraConfig,
     GraloraModel,
@@ -301,6 +305,8 @@ __all__ = [
     "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
+    "GloraConfig",
+    "GloraModel",
     "GraloraConfig",
     "GraloraModel",
     "HRAConfig",

@@ -30,7 +30,6 @@ NOT_BUILT = {
     "ADAPTION_PROMPT": "AdaptionPrompt",
     "CARTRIDGE": "Cartridge",
     "FROD": "Frod",
-    "GLORA": "Glora",
     "LILY": "Lily",
     "OSF": "OSF",
     "POLY": "Poly",

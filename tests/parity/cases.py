@@ -211,6 +211,10 @@ METHOD_CASES = {
         other("Deft", "qr", "mlp", "lin0", "out", r=4, decomposition_method="qr", deft_dropout=0.5),
         other("Deft", "para", "blocks", "up", "q_proj", r=2, para=True),
         other("Deft", "hf_conv1d", "gpt2", "c_attn", r=3, fan_in_fan_out=True),
+        other("Glora", "linear", "mlp", "lin0", "out", r=3),
+        other("Glora", "vector", "mlp", "lin0", "lin1", config_A_B="vector", config_C="vector", config_D_E="vector"),
+        other("Glora", "constant", "blocks", "q_proj", "v_proj", config_A_B="constant", config_C="none"),
+        other("Glora", "none", "mlp", "lin0", config_A_B="none", config_C="lora", config_D_E="none", r=2),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

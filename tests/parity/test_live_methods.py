@@ -7,7 +7,7 @@ import torch
 from peft.tuners.loha import layer as hf_loha
 from transformers.activations import ACT2FN
 
-from msft_peft import DeftConfig, HiraConfig, OFTConfig, PeanutConfig, get_peft_model
+from msft_peft import DeftConfig, HiraConfig, OFTConfig, PeanutConfig, PeftModel, get_peft_model
 
 from . import ours, theirs
 from .cases import other, same, same_dicts
@@ -123,3 +123,18 @@ def test_deft_begins_with_the_r_of_hf(method, tmp_path):
             q = torch.linalg.qr(p)[0] if method == "qr" else torch.relu(p)
         same("weight", r, (q.T @ torch.tensor(weights[f"{name}.weight"])).numpy() * 3 / 5)
         assert np.abs(layer.get_delta_weight("default").detach().numpy()).max() < 1e-6
+
+
+def test_glora_serves_rows_as_hf_does(tmp_path):
+    case = other("Glora", "rows", "mlp", "lin0", "lin1", r=2)
+    weights, x, _ = theirs.data(case, 1)
+    for seed, name in enumerate(("one", "two")):
+        theirs.create(case, weights, seed, name).save_pretrained(tmp_path)
+    hf = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path / "one", adapter_name="one").eval()
+    mine = PeftModel.from_pretrained(ours.build("mlp", weights), tmp_path / "one", adapter_name="one")
+    for model in (hf, mine):
+        model.load_adapter(tmp_path / "two", "two")
+    rows = ["two", "__base__", "one"]
+    with torch.no_grad():
+        expected = hf(torch.tensor(x), adapter_names=rows).numpy()
+    same("output", mine.set_train(False)(ours.ms.Tensor(x), adapter_names=rows).asnumpy(), expected)
