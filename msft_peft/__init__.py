@@ -136,6 +136,10 @@ from msft_peft.tuners.c3a import (
     C3AConfig,
     C3AModel,
 )
+from msft_peft.tuners.deft import (
+    DeftConfig,
+    DeftModel,
+)
 from msft_peft.tuners.delora import (
     DeloraConfig,
     DeloraModel,
@@ -143,6 +147,10 @@ from msft_peft.tuners.delora import (
 from msft_peft.tuners.fourierft import (
     FourierFTConfig,
     FourierFTModel,
+)
+from msft_peft.tuners.glora import (
+    GloraConfig,
+    GloraModel,
 )
 from msft_peft.tuners.gralora import (
     GraloraConfig,
@@ -208,6 +216,10 @@ from msft_peft.tuners.miss import (
 from msft_peft.tuners.oft import (
     OFTConfig,
     OFTModel,
+)
+from msft_peft.tuners.peanut import (
+    PeanutConfig,
+    PeanutModel,
 )
 from msft_peft.tuners.poly import (
     PolyConfig,
@@ -302,11 +314,15 @@ __all__ = [
     "CartridgeEncoder",
     "ConfigError",
     "CordaConfig",
+    "DeftConfig",
+    "DeftModel",
     "DeloraConfig",
     "DeloraModel",
     "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
+    "GloraConfig",
+    "GloraModel",
     "GraloraConfig",
     "GraloraModel",
     "HRAConfig",
@@ -342,6 +358,8 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "PeanutConfig",
+    "PeanutModel",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",

@@ -29,12 +29,9 @@ CONFIG_NAME = "adapter_config.json"
 NOT_BUILT = {
     "ADAMSS": "Adamss",
     "ADAPTION_PROMPT": "AdaptionPrompt",
-    "DEFT": "Deft",
     "FROD": "Frod",
-    "GLORA": "Glora",
     "LILY": "Lily",
     "OSF": "OSF",
-    "PEANUT": "Peanut",
     "PSOFT": "Psoft",
     "PVERA": "Pvera",
     "SHADOW": "Shadow",

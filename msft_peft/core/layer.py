@@ -33,8 +33,11 @@ class View(nn.Cell):
         if not rest:
             self._params[name] = parameter
             return
-        holder = self._cells.setdefault(name, nn.Cell())
-        holder._params[rest] = parameter
+        *number, leaf = rest.split(".")
+        holder = self._cells.setdefault(name, nn.CellList() if number else nn.Cell())
+        for part in number:
+            holder = holder._cells.setdefault(part, nn.Cell())
+        holder._params[leaf] = parameter
 
     def drop(self, name: str) -> None:
         self._cells.pop(name, None)

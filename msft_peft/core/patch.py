@@ -47,6 +47,7 @@ class Weights(nn.Cell):
         attribute: str | None = None,
         fixed: bool = False,
         saved: bool = True,
+        dtype: Any = None,
     ) -> Parameter:
         """A new weight, under `key` in checkpoint files ("lora_A.weight").
 
@@ -57,7 +58,9 @@ class Weights(nn.Cell):
             attribute: the attribute that holds it; by default named after the key, lora_A or lora_B_bias.
             fixed: it is never trained.
             saved: files hold it.
+            dtype: its own, where it is not that of the others.
         """
+        dtype = dtype or self.dtype
         attribute = attribute or key.removesuffix(".weight").replace(".", "_")
         self.keys[attribute] = key
         if fixed:
@@ -65,12 +68,12 @@ class Weights(nn.Cell):
         if not saved:
             self.unsaved.add(attribute)
         if isinstance(init, np.ndarray):
-            values = Tensor(init, self.dtype)
+            values = Tensor(init, dtype)
         elif self.undrawn:
             # Not a number, so that weights which were never loaded cannot go unnoticed.
-            values = Tensor(np.full(shape, np.nan, np.float32), self.dtype)
+            values = Tensor(np.full(shape, np.nan, np.float32), dtype)
         else:
-            values = initializer(init, shape, self.dtype)
+            values = initializer(init, shape, dtype)
         return Parameter(values, name=attribute, requires_grad=not fixed)
 
     def put(self, attribute: str, parameter: Parameter) -> None:
@@ -311,13 +314,20 @@ def he_uniform() -> Initializer:
 
 
 # What HF's modules call the tensors of their own.
-_OWN = ("weight", "bias", "std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights", "module_logits")
+_OWN = (
+    *("weight", "bias", "std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights"),
+    *("module_logits", "X", "Xd", "Xu", "zeros"),
+)
 
 
 def place_of(key: str) -> tuple[str, str]:
     """Where in a key HF puts the adapter's name: after the first part of the pair.
 
-    "lora_A.weight" -> ("lora_A", "weight"), but "lora_embedding_A" -> ("lora_embedding_A", "").
+    "lora_A.weight" -> ("lora_A", "weight"), but "lora_embedding_A" -> ("lora_embedding_A", ""). Of a list of modules
+    each adapter has its own: "peanut_encoders.0.weight" -> ("peanut_encoders", "0.weight").
     """
     stem, _, leaf = key.rpartition(".")
-    return (stem, leaf) if stem and leaf in _OWN else (key, "")
+    if not stem or leaf not in _OWN:
+        return key, ""
+    outer, _, number = stem.rpartition(".")
+    return (outer, f"{number}.{leaf}") if number.isdigit() else (stem, leaf)

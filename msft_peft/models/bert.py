@@ -12,9 +12,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from msft_peft.backend.activations import tanh
 from msft_peft.models.attention import attend, heads_first, padding_mask, remember
 from msft_peft.models.config import BertConfig
-from msft_peft.models.layers import Embedding, LayerNorm, activation, check_length, linear, tanh
+from msft_peft.models.layers import Embedding, LayerNorm, activation, check_length, linear
 from msft_peft.models.losses import answer_loss, classification_loss, cross_entropy
 from msft_peft.models.outputs import results
 from msft_peft.models.pretrained import PreTrainedModel

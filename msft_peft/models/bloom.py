@@ -12,10 +12,11 @@ import math
 import numpy as np
 from mindspore import Tensor, nn
 
+from msft_peft.backend.activations import gelu_tanh
 from msft_peft.models.attention import attend, causal_mask, counted, remember, split_heads
 from msft_peft.models.config import BloomConfig
 from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier, TokenClassifier
-from msft_peft.models.layers import Embedding, LayerNorm, gelu_tanh, linear
+from msft_peft.models.layers import Embedding, LayerNorm, linear
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

@@ -9,6 +9,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from msft_peft.backend.activations import ACTIVATIONS
+
 _matmul = ops.MatMul()
 _add_row = ops.BiasAdd()
 _FEW = 16  # rows: so many are normed faster by few plain operators than by matrix products
@@ -139,69 +141,6 @@ def _row_means(rows: Tensor, average: Tensor | None) -> Tensor:
 def _outer(column: Tensor, row: Tensor, average: Tensor | None) -> Tensor:
     """(N, 1) times (1, H), as (N, H)."""
     return column * row if average is None else _matmul(column, row)
-
-
-def silu(x: Tensor) -> Tensor:
-    """x·σ(x)."""
-    return x * ops.sigmoid(x)
-
-
-_PHI = (
-    1.595768536783099,
-    0.07266829831517933,
-    -6.605345638266933e-05,
-    -0.00011054675839814526,
-    7.948139555129396e-06,
-    -2.675662810256628e-07,
-    3.627852001069511e-09,
-)
-
-
-def normal_cdf(x: Tensor) -> Tensor:
-    """Φ(x), the normal distribution function, as σ(x·p(x²)).
-
-    p is the polynomial of degree 6 that fits the log odds of Φ best: the error of x·Φ(x) is below 1e-7 for every x,
-    and the cost on CPU a third of that of `ops.erf`.
-    """
-    square = x * x
-    p = square * _PHI[6] + _PHI[5]
-    for i in (4, 3, 2, 1, 0):
-        p = p * square + _PHI[i]
-    return ops.sigmoid(x * p)
-
-
-class GELU(nn.Cell):
-    """x·Φ(x), exactly, with the derivative Φ(x) + x·φ(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        """Map `x` (...) to (...)."""
-        return x * normal_cdf(x)
-
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Return the gradient of `x`."""
-        density = ops.exp(x * x * -0.5) * 0.3989422804014327
-        return (dout * (normal_cdf(x) + x * density),)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """x·σ(2√(2/π)·(x + 0.044715·x³)): the tanh form of GELU, through the faster and more exact sigmoid."""
-    return x * ops.sigmoid(x * (1.5957691216057308 + 0.07135481282553484 * x * x))
-
-
-def tanh(x: Tensor) -> Tensor:
-    """2·σ(2x) - 1; MindSpore's own tanh on CPU is off by up to 1e-4."""
-    return 2.0 * ops.sigmoid(2.0 * x) - 1.0
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": GELU(),
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "relu": ops.relu,
-    "silu": silu,
-    "swish": silu,
-    "tanh": tanh,
-}
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

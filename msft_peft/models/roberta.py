@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import initializer
 
+from msft_peft.backend.activations import GELU, tanh
 from msft_peft.models.attention import counted
 from msft_peft.models.bert import (
     BertEmbeddings,
@@ -23,7 +24,7 @@ from msft_peft.models.bert import (
     head_dropout,
 )
 from msft_peft.models.config import BertConfig, RobertaConfig
-from msft_peft.models.layers import GELU, LayerNorm, check_length, linear, tanh
+from msft_peft.models.layers import LayerNorm, check_length, linear
 
 
 class RobertaPreTrainedModel(BertPreTrainedModel):

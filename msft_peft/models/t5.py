@@ -27,9 +27,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from msft_peft.backend.activations import tanh
 from msft_peft.models.config import MT5Config, T5Config
 from msft_peft.models.generation import Seq2SeqModel
-from msft_peft.models.layers import Embedding, linear, tanh
+from msft_peft.models.layers import Embedding, linear
 from msft_peft.models.losses import IGNORE, answer_loss, classification_loss, cross_entropy
 from msft_peft.models.outputs import results
 from msft_peft.models.pretrained import PreTrainedModel

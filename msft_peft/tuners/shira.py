@@ -6,7 +6,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor, ops
 from mindspore.common.initializer import Normal
 
 from msft_peft.backend.arrays import to_numpy
@@ -82,10 +82,8 @@ class ShiraPatch(Patch):
             )
         self.r, self.scale = config.r, Scale(1.0)
         self.shira_weight = self.weight("shira_weight", (count,), "zeros" if config.init_weights else Normal(1.0))
-        places = Tensor(_places(site, config, count), ms.int32)
-        self.shira_indices = Parameter(places, name="shira_indices", requires_grad=False)
-        self.keys["shira_indices"] = "shira_indices"
-        self.fixed.add("shira_indices")
+        places = _places(site, config, count)
+        self.shira_indices = self.weight("shira_indices", places.shape, places, fixed=True, dtype=ms.int32)
 
     def check_values(self, attribute: str, values: np.ndarray) -> None:
         sizes = np.array(self.site.shape)[:, None]

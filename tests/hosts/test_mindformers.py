@@ -21,6 +21,7 @@ from msft_peft import (
     BeftConfig,
     BitFitConfig,
     BOFTConfig,
+    GloraConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -427,6 +428,7 @@ def test_layers_that_return_pairs(kind: type, skip_bias_add: bool):
 
 CHANGE_THE_BIAS = [
     BOFTConfig(boft_block_size=2),
+    GloraConfig(r=2),
     IA3Config(feedforward_modules=[]),
     LNTuningConfig(),
     RoadConfig(group_size=2),

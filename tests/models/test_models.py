@@ -10,9 +10,10 @@ import pytest
 from mindspore import Tensor, nn
 
 import msft_peft.models as models
+from msft_peft.backend.activations import GELU, gelu_tanh
 from msft_peft.models.attention import SoftmaxMix
 from msft_peft.models.bloom import alibi_slopes
-from msft_peft.models.layers import GELU, Conv1D, Embedding, LayerNorm, RMSNorm, activation, gelu_tanh
+from msft_peft.models.layers import Conv1D, Embedding, LayerNorm, RMSNorm, activation
 from msft_peft.models.losses import classification_loss, cross_entropy
 from tests.models import tiny
 

@@ -206,6 +206,16 @@ METHOD_CASES = {
         other("BOFT", "conv2d", "conv2d_square", "conv0", "conv1", boft_block_size=0, boft_block_num=1),
         other("Poly", "splits", "blocks", "q_proj", "up", merges=False, r=3, n_skills=3, n_splits=2),
         other("Beft", "linear", "mlp", "lin0", "out"),
+        other("Peanut", "linear", "mlp", "lin0", "lin1", r=3, scaling=0.7),
+        other("Peanut", "deep", "mlp", "lin0", "out", r=2, depth=2, act_fn="gelu_new"),
+        other("Deft", "linear", "mlp", "lin0", "lin1", r=3, alpha=5, bias="deft_only"),
+        other("Deft", "qr", "mlp", "lin0", "out", r=4, decomposition_method="qr", deft_dropout=0.5),
+        other("Deft", "para", "blocks", "up", "q_proj", r=2, para=True),
+        other("Deft", "hf_conv1d", "gpt2", "c_attn", r=3, fan_in_fan_out=True),
+        other("Glora", "linear", "mlp", "lin0", "out", r=3),
+        other("Glora", "vector", "mlp", "lin0", "lin1", config_A_B="vector", config_C="vector", config_D_E="vector"),
+        other("Glora", "constant", "blocks", "q_proj", "v_proj", config_A_B="constant", config_C="none"),
+        other("Glora", "none", "mlp", "lin0", config_A_B="none", config_C="lora", config_D_E="none", r=2),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

@@ -5,8 +5,9 @@ import peft
 import pytest
 import torch
 from peft.tuners.loha import layer as hf_loha
+from transformers.activations import ACT2FN
 
-from msft_peft import HiraConfig, OFTConfig, get_peft_model
+from msft_peft import DeftConfig, HiraConfig, OFTConfig, PeanutConfig, PeftModel, get_peft_model
 
 from . import ours, theirs
 from .cases import other, same, same_dicts
@@ -82,3 +83,58 @@ def test_beft_of_a_layer_without_a_bias(tmp_path):
     for model in (hf, mine):
         with pytest.raises(ValueError, match="Base layer has no bias, cannot merge bias adapter"):
             model.merge_adapter()
+
+
+@pytest.mark.parametrize("name", sorted(ACT2FN))
+def test_peanut_with_each_activation(name, tmp_path):
+    case = other("Peanut", name, "mlp", "lin0", "out", r=3, depth=1, act_fn=name)
+    weights, x, target = theirs.data(case, 1)
+    hf = theirs.create(case, weights, 1)
+    hf.save_pretrained(tmp_path)
+    mine = ours.load(case, weights, tmp_path)
+    _, output, gradients = theirs.gradients(hf, x, target)
+    _, y, grads = ours.gradients(mine, x, target)
+    same("output", y, output)
+    same_dicts("gradient", grads, gradients)
+
+
+def test_peanut_s_layers_are_named_as_in_hf():
+    case = other("Peanut", "names", "mlp", "lin0", depth=2)
+    weights, _, _ = theirs.data(case, 1)
+    hf = peft.get_peft_model(theirs.build("mlp", weights), peft.PeanutConfig(**case.config))
+    mine = get_peft_model(ours.build("mlp", weights), PeanutConfig(**case.config))
+    assert [p.name for p in mine.trainable_params()] == [n for n, p in hf.named_parameters() if p.requires_grad]
+    encoder = mine.base_model.model.lin0.peanut_encoders["default"][1]
+    assert tuple(encoder.weight.shape) == tuple(hf.base_model.model.lin0.peanut_encoders["default"][1].weight.shape)
+
+
+@pytest.mark.parametrize("method", ["relu", "qr"])
+def test_deft_begins_with_the_r_of_hf(method, tmp_path):
+    """It puts in what P takes out."""
+    case = other("Deft", "fresh", "mlp", "lin0", "lin1", r=3, alpha=5, decomposition_method=method)
+    weights, _, _ = theirs.data(case, 1)
+    mine = get_peft_model(ours.build("mlp", weights), DeftConfig(**case.config))
+    mine.save_pretrained(tmp_path)
+    hf = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path)
+    for name in ("lin0", "lin1"):
+        layer = getattr(hf.base_model.model, name)
+        p, r = layer.deft_P["default"].detach().clone(), layer.deft_R["default"].detach().numpy().copy()
+        with torch.no_grad():
+            q = torch.linalg.qr(p)[0] if method == "qr" else torch.relu(p)
+        same("weight", r, (q.T @ torch.tensor(weights[f"{name}.weight"])).numpy() * 3 / 5)
+        assert np.abs(layer.get_delta_weight("default").detach().numpy()).max() < 1e-6
+
+
+def test_glora_serves_rows_as_hf_does(tmp_path):
+    case = other("Glora", "rows", "mlp", "lin0", "lin1", r=2)
+    weights, x, _ = theirs.data(case, 1)
+    for seed, name in enumerate(("one", "two")):
+        theirs.create(case, weights, seed, name).save_pretrained(tmp_path)
+    hf = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path / "one", adapter_name="one").eval()
+    mine = PeftModel.from_pretrained(ours.build("mlp", weights), tmp_path / "one", adapter_name="one")
+    for model in (hf, mine):
+        model.load_adapter(tmp_path / "two", "two")
+    rows = ["two", "__base__", "one"]
+    with torch.no_grad():
+        expected = hf(torch.tensor(x), adapter_names=rows).numpy()
+    same("output", mine.set_train(False)(ours.ms.Tensor(x), adapter_names=rows).asnumpy(), expected)

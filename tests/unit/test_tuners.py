@@ -11,10 +11,12 @@ import msft_peft
 from msft_peft import (
     C3AConfig,
     DeloraConfig,
+    GloraConfig,
     HiraConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
+    LoadError,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -25,6 +27,8 @@ from msft_peft import (
     ShiraConfig,
     TrainableTokensConfig,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from msft_peft.models import LlamaConfig, LlamaForCausalLM
 from msft_peft.tuners.lokr import factors
@@ -61,6 +65,28 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "c3a: bias": ("C3A", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
     "miss: init": ("Miss", {"init_weights": "bats"}, ValueError, "must be True, False, 'bat' or 'mini'"),
     "gralora: blocks": ("Gralora", {"r": 5}, ValueError, "r should be divisible by gralora_k, but got 5 and 2"),
+    "peanut: rank": ("Peanut", {"r": 0}, ValueError, "`r` should be a positive integer"),
+    "peanut: depth": ("Peanut", {"depth": -1}, ValueError, "`depth` can only be a non-negative integer"),
+    "peanut: activation": ("Peanut", {"act_fn": "x"}, ValueError, r"Unsupported `act_fn`: x. Must be one of \['gelu'"),
+    "deft: method": ("Deft", {"decomposition_method": "svd"}, ValueError, "Unknown decomposition_method 'svd', must"),
+    "deft: rank": ("Deft", {"r": 0}, ValueError, "`r` should be a positive integer"),
+    "deft: scale": ("Deft", {"init_scale": -1.0}, ValueError, "`init_scale` is the factor of a deviation"),
+    "deft: dropout": ("Deft", {"deft_dropout": 1.0}, ValueError, r"`deft_dropout` is a probability in \[0, 1\)"),
+    "deft: bias": ("Deft", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
+    "glora: rank": ("Glora", {"r": 0}, ValueError, "`r` should be a positive integer"),
+    "glora: weight": (
+        "Glora",
+        {"config_A_B": "x"},
+        ValueError,
+        "Invalid config_A_B value: 'x'. Valid values are: ",
+    ),
+    "glora: across": (
+        "Glora",
+        {"config_C": "constant"},
+        ValueError,
+        "Invalid config_C value: 'constant'. Valid",
+    ),
+    "glora: bias": ("Glora", {"config_D_E": "lora"}, ValueError, "Invalid config_D_E value: 'lora'. Valid values"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
 }
 # What a model makes impossible.
@@ -478,3 +504,13 @@ def test_a_tensor_may_have_any_number_of_axes():
         shake(weights_of(model, "default"))
         flat = array(model(x.reshape((-1, 6))))
         assert_same(model(x), flat.reshape(2, 3, 4, -1))
+
+
+def test_glora_s_nothing_stays_nothing():
+    config = GloraConfig(target_modules=["lin0"], config_A_B="none", config_C="none", config_D_E="constant")
+    model = get_peft_model(nets.Dense(), config)
+    state, key = get_peft_model_state_dict(model), "base_model.model.lin0.glora_A.zeros"
+    before = state_of(model)
+    with pytest.raises(LoadError, match=r"lin0\.glora_A\.zeros: by the adapter's config there are only zeros here"):
+        set_peft_model_state_dict(model, state | {key: np.ones((8, 6), np.float32)})
+    assert state_of(model) == before
