@@ -27,7 +27,6 @@ CONFIG_NAME = "adapter_config.json"
 # HF peft's methods that are not built here, and how its classes of them begin.
 NOT_BUILT = {
     "ADAMSS": "Adamss",
-    "ADAPTION_PROMPT": "AdaptionPrompt",
     "BEFT": "Beft",
     "DEFT": "Deft",
     "FROD": "Frod",
@@ -100,6 +99,10 @@ class PeftConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
         return False
 
     def require_built(self) -> None:
