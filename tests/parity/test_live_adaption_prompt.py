@@ -170,6 +170,38 @@ def test_a_fresh_adapter_where_the_projection_has_a_bias(tmp_path):
     same("model output", mine(ms.Tensor(ids))["logits"].asnumpy(), wanted)
 
 
+def test_heads_of_tasks(tmp_path):
+    """HF trains and saves none with this method; here they are, and HF reads them, as weights of the base model."""
+    kind, rng = transformers.LlamaForSequenceClassification, np.random.default_rng(0)
+    kind(kind.config_class(**DECODER, num_labels=3)).save_pretrained(tmp_path / "base")
+    settings, ids = PROMPT | {"task_type": "SEQ_CLS"}, batch()[0]
+    hf = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.AdaptionPromptConfig(**settings)).eval()
+    for p in hf.parameters():
+        if p.requires_grad:
+            p.data = torch.tensor(rng.standard_normal(tuple(p.shape)).astype(np.float32))
+    hf.save_pretrained(tmp_path / "theirs")
+    base = functools.partial(models.LlamaForSequenceClassification.from_pretrained, tmp_path / "base")
+    read = msft_peft.PeftModel.from_pretrained(base(), tmp_path / "theirs")
+    assert read.load_report.faults() == []
+    with torch.no_grad():
+        wanted = hf(torch.tensor(ids).long()).logits.numpy()
+    same("model output", read(ms.Tensor(ids))["logits"].asnumpy(), wanted)
+
+    mine = msft_peft.get_peft_model(base(), msft_peft.AdaptionPromptConfig(**settings)).set_train(False)
+    assert "base_model.model.score.modules_to_save.default.weight" in {p.name for p in mine.trainable_params()}
+    for p in mine.trainable_params():
+        p.copy_(ms.Tensor(rng.standard_normal(p.shape).astype(np.float32)))
+    y = mine(ms.Tensor(ids))["logits"].asnumpy()
+    mine.save_pretrained(tmp_path / "ours")
+    again = msft_peft.PeftModel.from_pretrained(base(), tmp_path / "ours", is_trainable=True).set_train(False)
+    same("model output", again(ms.Tensor(ids))["logits"].asnumpy(), y)
+    assert {p.name for p in again.trainable_params()} == {p.name for p in mine.trainable_params()}
+    with pytest.warns(UserWarning, match="modules_to_save"):
+        back = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
+    with torch.no_grad():
+        same("model output", back(torch.tensor(ids).long()).logits.numpy(), y)
+
+
 def test_how_it_begins(checkpoints):
     """Closed gates, and prompts of variance 1."""
     hf = peft.get_peft_model(
