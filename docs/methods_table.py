@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mindspore import nn
 from msft_peft import get_peft_model
 from msft_peft.core.layer import TunerLayer
 from msft_peft.core.patch import Patch
+from msft_peft.models import LlamaConfig
+from msft_peft.models.llama import LlamaAttention
 from msft_peft.registry import METHODS, Method
 
 PAGE = Path(__file__).parent / "methods.md"
@@ -19,9 +22,15 @@ HEADS += ("source",)
 WIDTH = 1024
 # What a config needs to be told for one layer.
 NEEDED: dict[str, dict[str, Any]] = {
+    "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 1},
     "ADALORA": {"total_step": 1000},
     "IA3": {"feedforward_modules": ["0"]},
     "TRAINABLE_TOKENS": {"token_indices": [0]},
+}
+# The layer that a row's numbers are of, where it is no dense one.
+LAYERS: dict[str, Callable[[], nn.Cell]] = {
+    "ADAPTION_PROMPT": lambda: LlamaAttention(LlamaConfig(hidden_size=WIDTH, num_attention_heads=16)),
+    "LN_TUNING": lambda: nn.LayerNorm((WIDTH,)),
 }
 
 
@@ -39,7 +48,7 @@ def _row(method: Method) -> tuple[str, ...]:
     texts = f"{_text(method.config)}\n\n{_text(patch)}"
     source = re.search(r"Source: (.*?)(?:\n\n|\n[A-Z]\w+:|$)", texts, re.DOTALL)
     says = {True: "yes", False: "no"}
-    layer = nn.LayerNorm((WIDTH,)) if method.name == "LN_TUNING" else nn.Dense(WIDTH, WIDTH)
+    layer = LAYERS.get(method.name, lambda: nn.Dense(WIDTH, WIDTH))()
     config = method.config(target_modules=["0"], **NEEDED.get(method.name, {}))
     model = get_peft_model(nn.SequentialCell(layer), config)
     (example,) = (cell.adapters["default"] for _, cell in model.cells_and_names() if isinstance(cell, TunerLayer))

@@ -118,6 +118,10 @@ from msft_peft.tuners.adalora import (
     AdaLoraConfig,
     AdaLoraModel,
 )
+from msft_peft.tuners.adaption_prompt import (
+    AdaptionPromptConfig,
+    AdaptionPromptModel,
+)
 from msft_peft.tuners.beft import (
     BeftConfig,
     BeftModel,
@@ -291,6 +295,8 @@ __all__ = [
     "AdaLoraConfig",
     "AdaLoraModel",
     "AdapterNameError",
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",

@@ -28,7 +28,6 @@ CONFIG_NAME = "adapter_config.json"
 # HF peft's methods that are not built here, and how its classes of them begin.
 NOT_BUILT = {
     "ADAMSS": "Adamss",
-    "ADAPTION_PROMPT": "AdaptionPrompt",
     "FROD": "Frod",
     "LILY": "Lily",
     "OSF": "OSF",
@@ -97,6 +96,10 @@ class PeftConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
         return False
 
     def require_built(self) -> None:

@@ -24,6 +24,7 @@ class Method:
         variants: other Patch classes by kind of layer, by the name of the variant (`config.variant`).
         default_targets: usual target layers by the base model's `model_type`.
         settle: (copied config, the base model's config) -> None: fills in what depends on the architecture.
+        choose: (config, the paths of its targets, in network order) -> those of them to adapt.
         find_targets: (config, the base model, Sites by path) -> the targets of a config that names none, or None where
             they are not known; in the place of `default_targets`.
         identity_at_init: a fresh adapter leaves the model's outputs as they are.
@@ -43,6 +44,7 @@ class Method:
     variants: Mapping[str, Mapping[str, type]] = field(default_factory=dict)
     default_targets: Mapping[str, list[str] | str] = field(default_factory=dict)
     settle: Callable[[Any, Mapping[str, Any]], None] | None = None
+    choose: Callable[[Any, list[str]], list[str]] | None = None
     find_targets: Callable[..., list[str] | str | None] | None = None
     identity_at_init: bool = True
     merges: bool = True

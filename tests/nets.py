@@ -11,6 +11,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from msft_peft.models.attention import attend, attend_beside, heads_first
+
 
 def floats(*shape: int, dtype: Any = ms.float32, seed: int = 7) -> Tensor:
     """Standard normal numbers, the same each time."""
@@ -190,6 +192,45 @@ class Blocks(nn.Cell):
 
     def sample(self) -> Tensor:
         return floats(2, 3, 4)
+
+
+class Looking(nn.Cell):
+    """An attention that looks at what stands beside the text, where it is given that; `paired` returns a tuple."""
+
+    def __init__(self, dim: int, paired: bool) -> None:
+        super().__init__()
+        self.paired = paired
+        self.queries, self.pair = nn.Dense(dim, dim), nn.Dense(dim, 2 * dim, weight_init=Normal(0.8))
+        self.out = nn.Dense(dim, dim, weight_init=Normal(0.8))
+
+    def construct(self, x: Tensor, beside: Any = ()) -> Any:
+        q = heads_first(self.queries(x), 2)
+        k, v = self.keys_and_values(x)
+        y = attend(q, k, v, None)
+        if len(beside):
+            y = y + attend_beside(q, beside)
+        return (self.out(y), k) if self.paired else self.out(y)
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.split(heads_first(self.pair(x), 2), 2, 1)
+
+
+class LookingBlock(Block):
+    def __init__(self, paired: bool) -> None:
+        super().__init__()
+        self.look = Looking(4, paired)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.look(x)
+        return super().construct(x + (y[0] if self.look.paired else y))
+
+
+class Reading(Blocks):
+    """Blocks with such attentions, `layers.N.look`."""
+
+    def __init__(self, paired: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.CellList([LookingBlock(paired) for _ in range(3)])
 
 
 class Sequential(nn.SequentialCell):

@@ -198,6 +198,8 @@ def prepare(
     if method.settle is not None:
         method.settle(config, model_config(model))
     sites = _sites(model, config, seen, match_targets(config, seen), places)
+    if method.choose is not None:
+        sites = {path: sites[path] for path in method.choose(config, list(sites))}
     _settle_fan_in_fan_out(config, sites.values())
     _check_bias(model, config, name)
     _check_parameters(model, config, name)

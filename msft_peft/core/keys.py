@@ -101,7 +101,9 @@ def _own_targets(config: TargetedConfig, model: nn.Cell, cells: Mapping[str, nn.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            targets = resolve_targets(config, method_of(config), model, cells)
-            return set(match_targets(replace(config, target_modules=targets), cells))
+            method = method_of(config)
+            targets = resolve_targets(config, method, model, cells)
+            found = match_targets(replace(config, target_modules=targets), cells)
+            return set(found if method.choose is None else method.choose(config, found))
         except (ConfigError, NoMatchingPeftModuleError):
             return set()

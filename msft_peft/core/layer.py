@@ -565,8 +565,44 @@ class PairedTunerLayer(TunerLayer):
         return ops.add(y, ops.cast(self.base_layer.bias, y.dtype)) if self.leaves_bias else y
 
 
+class AttentionLayer(TunerLayer):
+    """A TunerLayer for a whole attention: Patches there say what its queries look at beside the text.
+
+    The attention makes keys and values of a Patch's `tokens`, and takes them with its `gate`, see `attend_beside` in
+    `models.attention`. What several adapters do adds up.
+    """
+
+    def construct(self, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.names:
+            return self._divided(args, kwargs)
+        if not self.adapting:
+            return self.base_layer(*args, **kwargs)
+        return self.base_layer(*args, **kwargs, beside=self._beside(self.active))
+
+    def _beside(self, names: tuple[str, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        found: tuple[Any, ...] = ()
+        for name in names:
+            patch = self.adapters[name]
+            k, v = self.base_layer.keys_and_values(ops.cast(patch.tokens(), self.site.dtype))
+            found = (*found, (k, v, patch.gate()))
+        return found
+
+    def _divided(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Each row with what its own adapter puts beside: a pass for each, of whose results only the first differs."""
+        outputs = self.base_layer(*args, **kwargs)
+        for name in self.apart:
+            mine = self.base_layer(*args, **kwargs, beside=self._beside((name,)))
+            if isinstance(outputs, tuple):
+                outputs = (ops.where(self.routing.serves(name, outputs[0]), mine[0], outputs[0]), *outputs[1:])
+            else:
+                outputs = ops.where(self.routing.serves(name, outputs), mine, outputs)
+        return outputs
+
+
 def tuner_layer(base: nn.Cell, site: Site, routing: Routing) -> TunerLayer:
     """The TunerLayer that can stand in the place of `base`."""
+    if site.kind == "attention":
+        return AttentionLayer(base, site, routing)
     return (PairedTunerLayer if site.paired else TunerLayer)(base, site, routing)
 
 

@@ -5,7 +5,7 @@ from mindspore import mint, nn
 from msft_peft.backend.ops import ConvOp, DenseOp, EmbeddingOp
 from msft_peft.backend.tree import get_child
 from msft_peft.hosts.host import Host
-from msft_peft.hosts.site import LINEAR, Site
+from msft_peft.hosts.site import ATTENTION, LINEAR, Site
 
 
 def _dense(cell: nn.Cell, path: str) -> Site:
@@ -63,6 +63,12 @@ def _conv(cell: nn.Cell, path: str) -> Site:
     )
 
 
+def _attention(cell: nn.Cell, path: str) -> Site | None:
+    inner = (describe(child, path) for child in cell._cells.values() if child is not None)
+    first = next((site for site in inner if site is not None and site.kind == LINEAR), None)
+    return None if first is None else Site(path, ATTENTION, first.in_features, first.in_features, (), first.op, cell)
+
+
 def _norm(cell: nn.Cell, path: str) -> Site | None:
     gamma = "gamma" in cell._params
     weight, bias = ("gamma", "beta") if gamma else ("weight", "bias")
@@ -107,6 +113,8 @@ def describe(cell: nn.Cell, path: str) -> Site | None:
     norm = own_norm(cell, path)
     if norm is not None:
         return norm
+    if callable(getattr(type(cell), "keys_and_values", None)):
+        return _attention(cell, path)
     # GPT-2's Conv1D exists in several libraries, none of which we import: known by its name and its two sizes.
     if type(cell).__name__ == "Conv1D" and hasattr(cell, "nf") and len(cell.weight.shape) == 2:
         return _transposed_dense(cell, path)

@@ -6,6 +6,7 @@ from typing import Any
 from mindspore import Parameter, Tensor, nn, ops
 
 LINEAR = "dense"
+ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Site:
 
     Attributes:
         path: dotted path below the model's root, as HF names it where the model's library does otherwise.
-        kind: "dense", "embedding", "conv1d", "conv2d", "conv3d", "norm", or "parameter" for one that no layer applies.
+        kind: "dense", "embedding", "conv1d", "conv2d", "conv3d", "norm", "parameter" for one that no layer applies, or
+            "attention" for a whole attention, whose weights are those of its layers.
         in_features, out_features: channels; for an embedding, the vocabulary and the dimension.
         shape: the weight's shape in torch's layout: (out, in), (vocabulary, dim), (out, in / groups, kernel...); a
             parameter's own.
@@ -53,6 +55,8 @@ class Site:
     @property
     def weight(self) -> Parameter:
         """The layer's own weight, as stored."""
+        if self.kind == ATTENTION:  # it has none of its own: the first one of its layers
+            return next(iter(self.layer.get_parameters()))
         # Past attribute access, which may give an adapted weight, see `core.parameter`.
         return self.layer._params[self.weight_name]
 

@@ -108,15 +108,26 @@ class PeftModel(Prompted):
         return next((sub for sub in family if sub._task is not None and sub._task == config.task_type), cls)
 
     def _prepare(
-        self, model: nn.Cell, config: PeftConfig, name: str, autocast: bool, low_cpu_mem_usage: bool
+        self,
+        model: nn.Cell,
+        config: PeftConfig,
+        name: str,
+        autocast: bool,
+        low_cpu_mem_usage: bool,
+        fresh: bool = True,
     ) -> inject.Adapter:
-        """The adapter, still outside the model, with the heads of this task among what it trains whole."""
+        """The adapter, still outside the model, with the heads of this task among what it trains whole.
+
+        A config from a file says by itself which heads those are, where HF's class of its name could say nothing and
+        HF trains none.
+        """
         if isinstance(config, PeftConfig) and config.is_prompt_learning and self._task is None:
             raise ConfigError(
                 f"{config.peft_type} needs a task_type, one of {[task.value for task in TaskType]}: it says what "
                 "becomes of labels and masks."
             )
-        if isinstance(config, PeftConfig) and self._heads and hasattr(config, "modules_to_save"):
+        asked = fresh or "modules_to_save" not in getattr(config, "beyond_hf", ())
+        if isinstance(config, PeftConfig) and self._heads and asked and hasattr(config, "modules_to_save"):
             config = copy.deepcopy(config)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self._heads]))
         return inject.prepare(model, config, name, autocast, low_cpu_mem_usage)
@@ -564,7 +575,7 @@ class PeftModel(Prompted):
         config = with_copies_in(tensors, config, model)
         # What stands before the input comes from the file or is an error.
         undrawn = low_cpu_mem_usage or config.is_prompt_learning
-        adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype, undrawn)
+        adapter = self._prepare(model, config, adapter_name, autocast_adapter_dtype, undrawn, False)
         tensors, saved = resumable(tensors, adapter, model_id, **hub)
         fitted = fit(tensors, adapter, model)
         fitted.report.check(strict, ignore_mismatched_sizes, undrawn)
@@ -611,7 +622,7 @@ class PeftModel(Prompted):
         tensors = unpacked(tensors, config)
         config = with_copies_in(tensors, config, base)
         undrawn = low_cpu_mem_usage or config.is_prompt_learning
-        adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype, undrawn)
+        adapter = self._prepare(base, config, adapter_name, autocast_adapter_dtype, undrawn, False)
         tensors, saved = resumable(tensors, adapter, model_id, **hub)
         old = self.peft_config.get(adapter_name)
         same = old is not None and adapter.prompt is None and _alike(old, adapter.config)

@@ -50,6 +50,29 @@ def attend(
     return mixed.reshape((b, n, t, d)).swapaxes(1, 2).reshape((b, t, n * d))
 
 
+def attend_beside(q: Tensor, beside: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> Tensor:
+    """Σ gate·softmax(q·kᵀ/√D)·v: keys and values that all queries look at apart from those of the text.
+
+    An attention takes such `beside` as the last argument of its `construct`, and has `keys_and_values(x)`, which makes
+    keys and values, (B, K, P, D) each, of hidden states (B, P, H) that stand nowhere in the text.
+
+    Source: Zhang et al. 2023, arXiv:2303.16199, §3.2.
+
+    Args:
+        q: (B, N, T, D).
+        beside: (k, v, gate) of each part: (1, K, P, D), the same, and (1,).
+
+    Returns:
+        (B, T, N·D), as `attend`.
+    """
+    total: Tensor | float = 0.0
+    for k, v, gate in beside:
+        shape = (q.shape[0], *k.shape[1:])
+        mixed = attend(q, ops.broadcast_to(k, shape), ops.broadcast_to(v, shape), None)
+        total = total + mixed * gate.astype(mixed.dtype)
+    return total
+
+
 class SoftmaxMix(nn.Cell):
     """softmax(scores)·v, with a gradient that sums over D in place of S (Dao et al. 2022, arXiv:2205.14135, §B.2).
 

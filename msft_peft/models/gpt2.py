@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from mindspore import nn
 
-from msft_peft.models.attention import attend, causal_mask, remember, split_heads
+from msft_peft.models.attention import attend, attend_beside, causal_mask, remember, split_heads
 from msft_peft.models.config import GPT2Config
 from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from msft_peft.models.layers import Conv1D, Embedding, LayerNorm, activation, check_length
@@ -36,13 +36,22 @@ class GPT2Attention(nn.Cell):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= index + 1
 
-    def construct(self, x, mask, past=None, slot=None):
-        """Attend from `x` (B, T, H) to itself and to `past`; return (B, T, H) and all keys and values."""
+    def construct(self, x, mask, past=None, slot=None, beside=()):
+        """Attend from `x` (B, T, H) to itself and to `past`; return (B, T, H) and all keys and values.
+
+        See `attend_beside` for `beside`; what that gives is not projected.
+        """
         q, k, v = split_heads(self.c_attn(x), self.num_heads)
         if past is not None:
             k, v = remember(past[0], k, slot), remember(past[1], v, slot)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0, self.scale)
-        return self.resid_dropout(self.c_proj(y)), k, v
+        y = self.resid_dropout(self.c_proj(y))
+        return y + attend_beside(q, beside) if len(beside) else y, k, v
+
+    def keys_and_values(self, x):
+        """The keys and values of `x` (B, T, H), (B, N, T, D) each."""
+        _, k, v = split_heads(self.c_attn(x), self.num_heads)
+        return k, v
 
 
 class GPT2MLP(nn.Cell):

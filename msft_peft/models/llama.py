@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from msft_peft.models.attention import attend, causal_mask, heads_first, remember
+from msft_peft.models.attention import attend, attend_beside, causal_mask, heads_first, remember
 from msft_peft.models.config import DecoderConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from msft_peft.models.decoder import CausalLM, Decoder, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from msft_peft.models.layers import Embedding, RMSNorm, activation, linear
@@ -88,18 +88,27 @@ class LlamaAttention(nn.Cell):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.dropout = config.attention_dropout
 
-    def construct(self, x, turn, mask, past=None, slot=None):
-        """Attend from `x` (B, T, H) to itself and to `past`; return (B, T, H) and all keys and values."""
+    def construct(self, x, turn, mask, past=None, slot=None, beside=()):
+        """Attend from `x` (B, T, H) to itself and to `past`; return (B, T, H) and all keys and values.
+
+        See `attend_beside` for `beside`.
+        """
         q = heads_first(self.q_proj(x), self.head_dim)  # (B, N, T, D)
-        k = heads_first(self.k_proj(x), self.head_dim)  # (B, K, T, D)
-        v = heads_first(self.v_proj(x), self.head_dim)
+        k, v = self.keys_and_values(x)
         if self.has_norms:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
         q, k = rotate(q, turn), rotate(k, turn)
         if past is not None:
             k, v = remember(past[0], k, slot), remember(past[1], v, slot)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        if len(beside):
+            y = y + attend_beside(q, beside)
         return self.o_proj(y), k, v
+
+    def keys_and_values(self, x):
+        """The keys and values of `x` (B, T, H), (B, K, T, D) each, with no position."""
+        k = heads_first(self.k_proj(x), self.head_dim)
+        return self.k_norm(k) if self.has_norms else k, heads_first(self.v_proj(x), self.head_dim)
 
 
 class LlamaMLP(nn.Cell):

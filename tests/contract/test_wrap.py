@@ -112,8 +112,9 @@ def test_base_parameters_are_named_as_in_hf(case: Case, mode: str):
             continue
         owner, _, leaf = old[id(p)].rpartition(".")
         inside = next((path for path in case.whole if f"{owner}.".startswith(f"{path}.")), None)
-        if owner in case.targets:
-            owner += ".base_layer"
+        wrapped = next((path for path in case.targets if f"{owner}.".startswith(f"{path}.")), None)
+        if wrapped is not None:  # an attention has its weights in layers of its own
+            owner = f"{wrapped}.base_layer{owner.removeprefix(wrapped)}"
         elif inside is not None:
             owner = f"{inside}.original_module{owner.removeprefix(inside)}"
         assert p.name == PREFIX + f"{owner}.{leaf}".lstrip(".")

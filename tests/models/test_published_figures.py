@@ -1,7 +1,7 @@
 """Llama-3.2-3B, whole but for the numbers in it: what HF's benchmark says that each method trains and saves there.
 
 The figures are those of HF peft's `method_comparison` (MetaMathQA): exact numbers of trained parameters, and sizes of
-`adapter_model.safetensors` in MiB, to a tenth; but for the last two sizes, which are our own, and say why.
+`adapter_model.safetensors` in MiB, to a tenth; but for the last three sizes, which are our own, and say why.
 """
 
 from pathlib import Path
@@ -71,6 +71,8 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], int, float]] = [
         28_382_208,
         0.2,
     ),
+    # HF's file of adaption prompts, 16.4 MiB, is in the base model's bfloat16.
+    ("adaptionprompt", "AdaptionPromptConfig", {"adapter_len": 100, "adapter_layers": 28}, 8_601_628, 32.8),
     # HF's file of AdaLoRA, 33.5 MiB, is that of a trained adapter, whose smallest singular values are gone.
     ("adalora-rank32", "AdaLoraConfig", QV | {"init_r": 64, "target_r": 32, "total_step": 5000}, 18_353_664, 70.0),
     # HF's file of RandLoRA, 2108.8 MiB, holds the random matrices at each of the 56 layers again.
