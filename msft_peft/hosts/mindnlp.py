@@ -57,7 +57,8 @@ class ModuleCell(nn.Cell):
         super().add_flags(training=self.module.training)
 
     def settle(self) -> None:
-        """Let the Module have the children that stand here: Modules themselves, or what calls a Cell."""
+        """Let the Module have the parameters and children that stand here: Modules, or what calls a Cell."""
+        self.module._parameters.update(self._params)
         for name, cell in self._cells.items():
             if isinstance(cell, ModuleCell):
                 self.module._modules[name] = cell.module

@@ -63,12 +63,13 @@ _QKV = [f"self_attn.{x}_proj" for x in "qkv"]
 _HF = "model.layers"
 
 _LLAMA = NameMap(
-    {"model.tok_embeddings": "model.embed_tokens"}
+    {"model.tok_embeddings": "model.embed_tokens", "model.norm_out": "model.norm"}
     | _block(
         "model.layers",
         _HF,
         {f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}
-        | {"feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"},
+        | {"feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
+        | {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
     ),
     _holding(
         "model.layers",
@@ -77,7 +78,11 @@ _LLAMA = NameMap(
     ),
 )
 _GLM = NameMap(
-    {"transformer.embedding": "model.embed_tokens", "transformer.output_layer": "lm_head"}
+    {
+        "transformer.embedding": "model.embed_tokens",
+        "transformer.encoder.final_layernorm": "model.norm",
+        "transformer.output_layer": "lm_head",
+    }
     | _block(
         "transformer.encoder.layers",
         _HF,
@@ -86,7 +91,8 @@ _GLM = NameMap(
             "self_attention.dense": "self_attn.o_proj",
             "mlp.dense_h_to_4h": "mlp.gate_up_proj",
             "mlp.dense_4h_to_h": "mlp.down_proj",
-        },
+        }
+        | {name: name for name in ("input_layernorm", "post_attention_layernorm")},
     ),
     _holding("transformer.encoder.layers", _HF, {"self_attention.query_key_value": _QKV}),
     {
@@ -99,6 +105,7 @@ _GPT2 = NameMap(
     {
         "backbone.embedding.word_embedding": "transformer.wte",
         "backbone.embedding.position_embedding": "transformer.wpe",
+        "backbone.layernorm": "transformer.ln_f",
     }
     | _block(
         "backbone.blocks",
@@ -107,6 +114,8 @@ _GPT2 = NameMap(
             "attention.projection": "attn.c_proj",
             "output.mapping": "mlp.c_fc",
             "output.projection": "mlp.c_proj",
+            "layernorm1": "ln_1",
+            "layernorm2": "ln_2",
         },
     ),
     many_here={
@@ -115,7 +124,11 @@ _GPT2 = NameMap(
     rotary=False,
 )
 _MCORE = NameMap(
-    {"embedding.word_embeddings": "model.embed_tokens", "output_layer": "lm_head"}
+    {
+        "embedding.word_embeddings": "model.embed_tokens",
+        "decoder.final_layernorm": "model.norm",
+        "output_layer": "lm_head",
+    }
     | _block(
         "decoder.layers",
         _HF,
@@ -125,6 +138,10 @@ _MCORE = NameMap(
             "mlp.gating": "mlp.gate_proj",
             "mlp.hidden": "mlp.up_proj",
             "mlp.linear_fc2": "mlp.down_proj",
+            "self_attention.q_layernorm": "self_attn.q_norm",
+            "self_attention.k_layernorm": "self_attn.k_norm",
+            "input_layernorm": "input_layernorm",
+            "pre_mlp_layernorm": "post_attention_layernorm",
         },
     )
 )

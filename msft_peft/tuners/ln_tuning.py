@@ -9,7 +9,7 @@ from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.config import TargetedConfig
 from msft_peft.core.patch import Patch, Reference
 from msft_peft.core.tuner import Tuner
-from msft_peft.hosts import Site
+from msft_peft.hosts import Site, settle
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import NORMS
 
@@ -84,6 +84,7 @@ class LNTuningNormPatch(LNTuningPatch):
         super().put(attribute, parameter)
         local = self.site.weight_name if attribute == "ln_weight" else self.site.bias_name
         self.copy.cell._params[local] = parameter
+        settle(self.copy.cell)
 
     def instead(self, x: Tensor) -> Tensor:
         return self.copy.cell(x)

@@ -34,6 +34,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "adalora": {"peft_type": "ADALORA", "init_r": 3, "target_r": 2, "total_step": 10, "target_modules": ["v_proj"]},
     "vera": {"peft_type": "VERA", "r": 4, "target_modules": ["q_proj", "o_proj"]},
+    "ln": {"peft_type": "LN_TUNING", "target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]},
     "ends": {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens", "lm_head"]},
     "extras": {
         "peft_type": "LORA",

@@ -38,6 +38,7 @@ from msft_peft import (
 from msft_peft.errors import ConfigError, LoadError, NoBaseModelError, NoMatchingPeftModuleError
 from msft_peft.hosts import describe
 from tests.hosts.llama import ADAPTERS, GOLDEN, LINEAR, SIZES, batch, config_of, drawn, golden
+from tests.hosts.methods import METHODS_OF_LAYERS, config_for
 from tests.tolerances import array, assert_same, differ
 
 OURS = {
@@ -69,7 +70,6 @@ def llama(**fields) -> LlamaForCausalLM:
         hidden_size=SIZES["hidden_size"],
         num_heads=SIZES["num_attention_heads"],
         n_kv_heads=SIZES["num_key_value_heads"],
-        intermediate_size=SIZES["intermediate_size"],
         vocab_size=SIZES["vocab_size"],
         max_position_embedding=SIZES["max_position_embeddings"],
         rms_norm_eps=SIZES["rms_norm_eps"],
@@ -78,7 +78,7 @@ def llama(**fields) -> LlamaForCausalLM:
         use_rope_slice=True,
         fused_rms_norm=False,
         embedding_init_type="float32",
-        **dict.fromkeys(dtypes, "float32") | fields,
+        **{"intermediate_size": SIZES["intermediate_size"]} | dict.fromkeys(dtypes, "float32") | fields,
     )
     model = LlamaForCausalLM(config)
     for name, p in model.parameters_and_names():
@@ -105,7 +105,7 @@ def step(model: nn.Cell, weights: list) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 @pytest.mark.parametrize("name", [name for name, fields in ADAPTERS.items() if "target_modules" in fields])
-def test_hf_adapters_give_hfs_numbers(mode: str, name: str, tmp_path: Path):
+def test_hf_adapters_give_hfs_numbers(name: str, tmp_path: Path):
     """An adapter of HF peft loads by HF's names, and is saved under them again, to the byte."""
     wanted = golden(name)
     base = llama()
@@ -125,6 +125,81 @@ def test_hf_adapters_give_hfs_numbers(mode: str, name: str, tmp_path: Path):
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     for field in ("target_modules", "feedforward_modules", "trainable_token_indices", "target_parameters"):
         assert saved.get(field) == config_of(name).get(field)
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("name", ["lora", "dora", "ln", "extras"])
+def test_hfs_numbers_in_graph_mode(name: str):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    wanted = golden(name)
+    model = PeftModel.from_pretrained(llama(), GOLDEN / name)
+    assert_same(logits(model), wanted["logits"], "merge")
+    with model.disable_adapter():
+        assert_same(logits(model), wanted["base"], "merge")
+    model.merge_adapter()
+    assert_same(logits(model), wanted["logits"], "merge")
+
+
+@pytest.mark.parametrize("name", METHODS_OF_LAYERS)
+def test_every_method_of_layers(name: str):
+    """Two layers of each; a fresh adapter gives numbers, and what it trains gets gradients."""
+    model = get_peft_model(llama(), config_for(name))
+    loss, gradients = step(model, model.trainable_params())
+    assert np.isfinite(array(loss)).all()
+    assert all(np.isfinite(array(gradient)).all() for gradient in gradients)
+    assert any(np.abs(array(gradient)).max() > 0 for gradient in gradients)
+    model.set_train(False)
+    with model.disable_adapter():
+        assert_same(logits(model), golden("lora")["base"], "merge")
+
+
+def test_each_row_by_its_own_adapter():
+    model = PeftModel.from_pretrained(llama(), GOLDEN / "lora")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["wq"], init_lora_weights=False))
+    mixed = array(model(Tensor(batch()), adapter_names=["default", "__base__"])[0]).reshape(2, 12, -1)
+    assert_same(mixed[0], golden("lora")["logits"][0], "merge")
+    assert_same(mixed[1], golden("lora")["base"][1], "merge")
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_layers_that_compute_in_half_precision(stored: str):
+    """Adapters are kept in float32 and compute as their layer does; weights in half precision come back to the bit."""
+    base = llama(compute_dtype="float16", param_init_type=stored)
+    before = [array(p) for p in base.get_parameters()]
+    model = PeftModel.from_pretrained(base, GOLDEN / "lora", is_trainable=True)
+    assert {p.dtype for p in model.trainable_params()} == {ms.float32}
+    adapted = logits(model.set_train(False))
+    np.testing.assert_allclose(adapted, golden("lora")["logits"], atol=0.05)
+    _, gradients = step(model, model.trainable_params())
+    assert all(np.abs(array(gradient)).max() > 1e-3 for gradient in gradients)
+    model.merge_adapter()
+    np.testing.assert_allclose(logits(model.set_train(False)), golden("lora")["logits"], atol=0.05)
+    model.unmerge_adapter()
+    for p, value in zip(model.unload().get_parameters(), before):
+        assert_same(array(p), value, "exact" if stored == "float16" else "merge")
+
+
+def test_a_merged_model_is_mindformers_own_again(tmp_path: Path):
+    merged = PeftModel.from_pretrained(llama(), GOLDEN / "lora").merge_and_unload()
+    ms.save_checkpoint(merged, str(tmp_path / "merged.ckpt"))
+    plain = llama()
+    assert ms.load_param_into_net(plain, ms.load_checkpoint(str(tmp_path / "merged.ckpt"))) == ([], [])
+    assert_same(logits(plain), golden("lora")["logits"], "merge")
+
+
+def test_an_adapter_of_another_size_is_refused(tmp_path: Path):
+    get_peft_model(llama(), LoraConfig(r=2, target_modules=["w1"])).save_pretrained(tmp_path)
+    base = llama(intermediate_size=64)
+    before = list(base.parameters_dict())
+    with pytest.raises(LoadError, match=r"gate_proj.lora_B.weight: the file has shape \(48, 2\), the model \(64, 2\)"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert list(base.parameters_dict()) == before
+
+
+def test_norms_by_either_name():
+    model = get_peft_model(llama(), LNTuningConfig(target_modules=["attention_norm", "norm_out"]))
+    assert model.peft_config["default"].target_modules == ["input_layernorm", "norm"]
+    assert "base_model.model.model.norm.ln_tuning_layers.weight" in get_peft_model_state_dict(model)
 
 
 def test_a_checkpoint_has_mindformers_names_and_comes_back(tmp_path: Path):

@@ -44,32 +44,9 @@ from msft_peft import (
 from msft_peft.errors import ConfigError, NoMatchingPeftModuleError
 from msft_peft.hosts.trainer import teach
 from msft_peft.models import LlamaForCausalLM as OurLlama
-from msft_peft.registry import METHODS
+from tests.hosts.methods import METHODS_OF_LAYERS, config_for
 from tests.hosts.llama import ADAPTERS, GOLDEN, LINEAR, SIZES, batch, config_of, drawn, golden
 from tests.tolerances import array, assert_same, differ
-
-# What a method cannot do without.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "IA3": {"feedforward_modules": ["down_proj"]},
-    "ADALORA": {"total_step": 10},
-    "VBLORA": {"vector_length": 16, "num_vectors": 8},
-    "FOURIERFT": {"n_frequency": 20},
-    "OFT": {"oft_block_size": 4},
-    "BOFT": {"boft_block_size": 4},
-    "C3A": {"block_size": 8},
-    "MISS": {"r": 4},
-    "HRA": {"r": 4},
-    "GRALORA": {"r": 4, "gralora_k": 2},
-    "SHIRA": {"r": 2},
-    "LOW_RANK_ADAPTER": {"reduction_factor": 4},
-    "ROAD": {"group_size": 8},
-}
-
-# Without those that train biases, of which a Llama has none, and rows of embeddings.
-METHODS_OF_LAYERS = {name for name, method in METHODS.items() if "dense" in method.patches} - {
-    "BITFIT",
-    "TRAINABLE_TOKENS",
-}
 
 IDS = torch.tensor(batch().astype(np.int64))
 
@@ -402,12 +379,10 @@ def test_the_fixes_that_training_needs():
     assert torch.addcdiv(x, y, y, value=2.0).numpy().tolist() == [3.0, 4.0]
 
 
-@pytest.mark.parametrize("name", sorted(METHODS_OF_LAYERS))
+@pytest.mark.parametrize("name", METHODS_OF_LAYERS)
 def test_every_method_of_layers(name: str):
     """Two layers of each; a fresh adapter gives numbers, and what it trains gets gradients."""
-    fields = {**SETTINGS.get(name, {}), "target_modules": ["v_proj", "down_proj"]}
-    config = PeftConfig.from_dict({"peft_type": name, "task_type": "CAUSAL_LM", **fields})
-    model = get_peft_model(llama(), config)
+    model = get_peft_model(llama(), config_for(name))
     loss, gradients = step(model, input_ids=IDS, labels=IDS)
     assert np.isfinite(loss)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
