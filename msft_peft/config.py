@@ -36,7 +36,6 @@ NOT_BUILT = {
     "PSOFT": "Psoft",
     "PVERA": "Pvera",
     "SHADOW": "Shadow",
-    "SUPERTUNING": "Supertuning",
     "TINYLORA": "TinyLora",
     "UNILORA": "UniLora",
     "WAVEFT": "WaveFT",
