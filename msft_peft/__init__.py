@@ -244,6 +244,10 @@ from msft_peft.tuners.shira import (
     ShiraConfig,
     ShiraModel,
 )
+from msft_peft.tuners.supertuning import (
+    SupertuningConfig,
+    SupertuningModel,
+)
 from msft_peft.tuners.trainable_tokens import (
     TrainableTokensConfig,
     TrainableTokensModel,
@@ -395,6 +399,8 @@ __all__ = [
     "RoadModel",
     "ShiraConfig",
     "ShiraModel",
+    "SupertuningConfig",
+    "SupertuningModel",
     "TaskType",
     "TrainableTokensConfig",
     "TrainableTokensModel",

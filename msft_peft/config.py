@@ -34,7 +34,6 @@ NOT_BUILT = {
     "PSOFT": "Psoft",
     "PVERA": "Pvera",
     "SHADOW": "Shadow",
-    "SUPERTUNING": "Supertuning",
     "TINYLORA": "TinyLora",
     "UNILORA": "UniLora",
     "WAVEFT": "WaveFT",

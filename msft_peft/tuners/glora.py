@@ -79,15 +79,14 @@ class GloraPatch(Patch):
     reweighs = True
 
     def setup(self, site: Site, config: GloraConfig) -> None:
-        biased = site.bias is not None
-        self.of_weight, self.of_bias = config.config_A_B, config.config_D_E if biased else "none"
-        across = config.config_C if biased else "none"
+        of_weight = config.config_A_B
+        across, of_bias = ("none", "none") if site.bias is None else (config.config_C, config.config_D_E)
         out, inputs = site.out_features, site.in_features
-        self.scale_w = self.declare("glora_A", self.of_weight, (out, inputs), config)
-        self.shift_w = self.declare("glora_B", self.of_weight, (out, inputs), config)
+        self.scale_w = self.declare("glora_A", of_weight, (out, inputs), config)
+        self.shift_w = self.declare("glora_B", of_weight, (out, inputs), config)
         self.across = self.declare("glora_C", across, (inputs, 1), config)
-        self.scale_b = self.declare("glora_D", self.of_bias, (out,), config)
-        self.shift_b = self.declare("glora_E", self.of_bias, (out,), config)
+        self.scale_b = self.declare("glora_D", of_bias, (out,), config)
+        self.shift_b = self.declare("glora_E", of_bias, (out,), config)
 
     def declare(self, place: str, kind: str, shape: tuple[int, ...], config: GloraConfig) -> tuple[str, ...]:
         """Declare the weights of one of the five; their attributes, of which there are none where it is nothing."""

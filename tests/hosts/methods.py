@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SHIRA": {"r": 2},
     "LOW_RANK_ADAPTER": {"reduction_factor": 4},
     "ROAD": {"group_size": 8},
+    "SUPERTUNING": {"sparsity": 0.9},
 }
 
 # Without those that train biases, of which a Llama has none, and rows of embeddings.

@@ -216,6 +216,9 @@ METHOD_CASES = {
         other("Glora", "vector", "mlp", "lin0", "lin1", config_A_B="vector", config_C="vector", config_D_E="vector"),
         other("Glora", "constant", "blocks", "q_proj", "v_proj", config_A_B="constant", config_C="none"),
         other("Glora", "none", "mlp", "lin0", config_A_B="none", config_C="lora", config_D_E="none", r=2),
+        other("Supertuning", "linear", "mlp", "lin0", "lin1", sparsity=0.8),
+        other("Supertuning", "smallest", "mlp", "out", sparsity=0.6, select_top=False, r=2, lora_alpha=3),
+        other("Supertuning", "supra", "blocks", "up", "q_proj", sparsity=0.7, r=2, lora_dropout=0.5),
         other("Delora", "linear", "mlp", "lin0", "lin1", r=3, lambda_pattern={"lin1": 2}),
     ]
 }

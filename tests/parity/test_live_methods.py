@@ -138,3 +138,24 @@ def test_glora_serves_rows_as_hf_does(tmp_path):
     with torch.no_grad():
         expected = hf(torch.tensor(x), adapter_names=rows).numpy()
     same("output", mine.set_train(False)(ours.ms.Tensor(x), adapter_names=rows).asnumpy(), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"select_top": False}, {"r": 2}], ids=["largest", "smallest", "supra"])
+def test_super_tuning_finds_the_places_of_hf(settings, tmp_path):
+    """In their order: files without places serve both ways."""
+    case = other("Supertuning", "places", "mlp", "lin0", sparsity=0.6, save_precomputed_indices=False, **settings)
+    weights, x, _ = theirs.data(case, 1)
+    with pytest.warns(UserWarning, match="save_precomputed_indices=False"):
+        hf = theirs.create(case, weights, 1)
+    hf.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs.forward(hf, x).numpy()
+    with pytest.warns(UserWarning, match="save_precomputed_indices=False"):
+        mine = ours.load(case, weights, tmp_path)
+    places = [model.base_model.model.lin0.supertuning_indices["default"] for model in (hf, mine)]
+    np.testing.assert_array_equal(places[1].asnumpy(), places[0].numpy())
+    same("output", mine(ours.ms.Tensor(x)).asnumpy(), expected)
+    mine.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path / "ours").eval()
+    with torch.no_grad():
+        same("output", theirs.forward(again, x).numpy(), expected)

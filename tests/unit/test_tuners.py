@@ -25,6 +25,7 @@ from msft_peft import (
     OFTConfig,
     RoadConfig,
     ShiraConfig,
+    SupertuningConfig,
     TrainableTokensConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -87,6 +88,15 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "Invalid config_C value: 'constant'. Valid",
     ),
     "glora: bias": ("Glora", {"config_D_E": "lora"}, ValueError, "Invalid config_D_E value: 'lora'. Valid values"),
+    "supertuning: sparsity": (
+        "Supertuning",
+        {"sparsity": 1.0},
+        ValueError,
+        r"sparsity must be in \[0.0, 1.0\), got 1",
+    ),
+    "supertuning: rank": ("Supertuning", {"r": 0}, ValueError, "r must be a positive integer or None, got 0"),
+    "supertuning: alpha": ("Supertuning", {"lora_alpha": 2.0}, ValueError, "lora_alpha is set but r is None"),
+    "supertuning: dropout": ("Supertuning", {"lora_dropout": 1}, ValueError, r"lora_dropout must be in \[0.0, 1.0\)"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
 }
 # What a model makes impossible.
@@ -123,6 +133,7 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
     ),
     "shira: rank": (nets.Dense, "Shira", BOTH, ValueError, "The set rank 32 results in more shira params"),
     "shira: whose mask?": (nets.Dense, "Shira", BOTH | {"r": 1, "mask_type": "x"}, ValueError, "set config.mask_fn"),
+    "supertuning: nothing": (nets.Dense, "Supertuning", BOTH, ValueError, "leaves no trainable entries for a weight"),
     "road: groups": (nets.Dense, "Road", BOTH, ValueError, "must be divisible by group_size"),
     "c3a: inputs": (nets.Dense, "C3A", BOTH | {"block_size": 4}, ValueError, "a factor of the input size"),
     "c3a: outputs": (
@@ -513,4 +524,23 @@ def test_glora_s_nothing_stays_nothing():
     before = state_of(model)
     with pytest.raises(LoadError, match=r"lin0\.glora_A\.zeros: by the adapter's config there are only zeros here"):
         set_peft_model_state_dict(model, state | {key: np.ones((8, 6), np.float32)})
+    assert state_of(model) == before
+
+
+def test_super_tuning_takes_the_first_of_equals():
+    net = nets.Dense()
+    weight = np.ones((8, 6), np.float32)
+    weight[2, 1], weight[7, 5] = -3, 2
+    net.lin0.weight.set_data(Tensor(weight))
+    model = get_peft_model(net, SupertuningConfig(target_modules=["lin0"], sparsity=0.9))
+    (layer,) = layers_of(model)
+    assert array(layer.supertuning_indices["default"]).tolist() == [2 * 6 + 1, 7 * 6 + 5, 0, 1]
+
+
+def test_super_tuning_knows_the_places_of_its_layer():
+    model = get_peft_model(nets.Dense(), SupertuningConfig(target_modules=["lin0"], sparsity=0.9))
+    state, key = get_peft_model_state_dict(model), "base_model.model.lin0.supertuning_indices"
+    before = state_of(model)
+    with pytest.raises(LoadError, match=r"there are places that a weight of shape \(8, 6\) does not have"):
+        set_peft_model_state_dict(model, state | {key: np.array([0, 1, 2, 48], np.int32)})
     assert state_of(model) == before
