@@ -19,6 +19,8 @@ from msft_peft.tuners.architectures import USUAL
 
 _EPS = 1e-12
 TASKS = "task_ids"
+# Arguments of language models whose first axis is the batch.
+_ROWS = ("input_ids", "inputs_embeds")
 
 
 @dataclass
@@ -147,9 +149,12 @@ class PolyModel(Tuner):
             return self.model(*args, **given)
         noted = self.routing.note_tasks(kwargs[TASKS])
         if args:
+            _require_a_task_each(args[0], kwargs[TASKS])
             return self.model(ops.depend(args[0], noted), *args[1:], **given)
         tied = {}
         for key in given:
+            if key in _ROWS:
+                _require_a_task_each(given[key], kwargs[TASKS])
             # Some other argument may be what the layers compute with.
             tied[key] = ops.depend(given[key], noted) if isinstance(given[key], Tensor) else given[key]
         return self.model(**tied)
@@ -182,6 +187,11 @@ class PolyModel(Tuner):
         beyond = [int(task) for task in ids if not 0 <= task < self.tasks()]
         if beyond and self.tasks():
             raise ValueError(f"Only {self.tasks()} tasks available. Found task id = {beyond[0]}")
+
+
+def _require_a_task_each(x: Tensor, task_ids: Tensor) -> None:
+    if x.shape[0] != task_ids.shape[0]:
+        raise ValueError(f"task_ids must be one for each of the {x.shape[0]} rows, got {task_ids.shape[0]}")
 
 
 def _integers(task_ids: Any) -> Tensor:
