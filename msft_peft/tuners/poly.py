@@ -95,19 +95,19 @@ class PolyPatch(Patch):
         rows = w.shape[1]
         a = ops.reshape(self._mixed(w, self.poly_lora_A), (rows, into, self.r))
         b = ops.reshape(ops.transpose(self._mixed(w, self.poly_lora_B), (0, 2, 1, 3)), (rows, self.r, out))
-        delta = ops.bmm(ops.bmm(ops.reshape(self.cast(x), (rows, -1, into)), a), b)
-        return ops.add(y, ops.reshape(ops.div(delta, self.r), y.shape))
+        delta = ops.bmm(ops.bmm(ops.reshape(self.cast(x), (rows, -1, into)), a), ops.div(b, self.r))
+        return ops.add(y, ops.reshape(delta, y.shape))
 
     def shares(self, x: Tensor) -> Tensor:
         """w (q, B, k) for the rows of x; (q, 1, k) where it is the same for all of them."""
-        logits, drawn = self.module_logits, self.training
+        logits = self.module_logits
         if self.n_tasks > 1:
             tasks = self.routing.tasks(x)
             known = ops.logical_and(ops.greater_equal(tasks, 0), ops.less(tasks, self.n_tasks))
             chosen = ops.cast(ops.equal(ops.expand_dims(tasks, 1), ops.arange(self.n_tasks)), self.dtype)
             lost = ops.where(known, ops.zeros_like(tasks, dtype=self.dtype), float("nan"))
             logits = ops.add(ops.matmul(chosen, logits), ops.expand_dims(lost, 1))
-        if drawn:
+        if self.training:
             logits = ops.add(logits, self.noise((x.shape[0], logits.shape[1])))
         s = ops.reshape(ops.sigmoid(logits), (-1, self.n_splits, self.n_skills))
         return ops.transpose(ops.div(s, ops.add(ops.sum(s, -1, keepdim=True), _EPS)), (1, 0, 2))
