@@ -222,15 +222,16 @@ class LookingBlock(Block):
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.look(x)
-        return super().construct(x + (y[0] if self.look.paired else y))
+        x = x + (y[0] if self.look.paired else y)
+        return x + super().construct(x)
 
 
 class Reading(Blocks):
     """Blocks with such attentions, `layers.N.look`."""
 
-    def __init__(self, paired: bool = False) -> None:
+    def __init__(self, depth: int = 2, paired: bool = False) -> None:
         super().__init__()
-        self.layers = nn.CellList([LookingBlock(paired) for _ in range(3)])
+        self.layers = nn.CellList([LookingBlock(paired) for _ in range(depth)])
 
 
 class Sequential(nn.SequentialCell):

@@ -19,6 +19,8 @@ from msft_peft.tuners.architectures import USUAL
 
 _EPS = 1e-12
 TASKS = "task_ids"
+# Arguments of language models whose first axis is the batch.
+_ROWS = ("input_ids", "inputs_embeds")
 
 
 @dataclass
@@ -93,19 +95,19 @@ class PolyPatch(Patch):
         rows = w.shape[1]
         a = ops.reshape(self._mixed(w, self.poly_lora_A), (rows, into, self.r))
         b = ops.reshape(ops.transpose(self._mixed(w, self.poly_lora_B), (0, 2, 1, 3)), (rows, self.r, out))
-        delta = ops.bmm(ops.bmm(ops.reshape(self.cast(x), (rows, -1, into)), a), b)
-        return ops.add(y, ops.reshape(ops.div(delta, self.r), y.shape))
+        delta = ops.bmm(ops.bmm(ops.reshape(self.cast(x), (rows, -1, into)), a), ops.div(b, self.r))
+        return ops.add(y, ops.reshape(delta, y.shape))
 
     def shares(self, x: Tensor) -> Tensor:
         """w (q, B, k) for the rows of x; (q, 1, k) where it is the same for all of them."""
-        logits, drawn = self.module_logits, self.training
+        logits = self.module_logits
         if self.n_tasks > 1:
             tasks = self.routing.tasks(x)
             known = ops.logical_and(ops.greater_equal(tasks, 0), ops.less(tasks, self.n_tasks))
             chosen = ops.cast(ops.equal(ops.expand_dims(tasks, 1), ops.arange(self.n_tasks)), self.dtype)
             lost = ops.where(known, ops.zeros_like(tasks, dtype=self.dtype), float("nan"))
             logits = ops.add(ops.matmul(chosen, logits), ops.expand_dims(lost, 1))
-        if drawn:
+        if self.training:
             logits = ops.add(logits, self.noise((x.shape[0], logits.shape[1])))
         s = ops.reshape(ops.sigmoid(logits), (-1, self.n_splits, self.n_skills))
         return ops.transpose(ops.div(s, ops.add(ops.sum(s, -1, keepdim=True), _EPS)), (1, 0, 2))
@@ -147,9 +149,12 @@ class PolyModel(Tuner):
             return self.model(*args, **given)
         noted = self.routing.note_tasks(kwargs[TASKS])
         if args:
+            _require_a_task_each(args[0], kwargs[TASKS])
             return self.model(ops.depend(args[0], noted), *args[1:], **given)
         tied = {}
         for key in given:
+            if key in _ROWS:
+                _require_a_task_each(given[key], kwargs[TASKS])
             # Some other argument may be what the layers compute with.
             tied[key] = ops.depend(given[key], noted) if isinstance(given[key], Tensor) else given[key]
         return self.model(**tied)
@@ -182,6 +187,11 @@ class PolyModel(Tuner):
         beyond = [int(task) for task in ids if not 0 <= task < self.tasks()]
         if beyond and self.tasks():
             raise ValueError(f"Only {self.tasks()} tasks available. Found task id = {beyond[0]}")
+
+
+def _require_a_task_each(x: Tensor, task_ids: Tensor) -> None:
+    if x.shape[0] != task_ids.shape[0]:
+        raise ValueError(f"task_ids must be one for each of the {x.shape[0]} rows, got {task_ids.shape[0]}")
 
 
 def _integers(task_ids: Any) -> Tensor:

@@ -82,6 +82,22 @@ def test_what_is_drawn_is_distributed_as_in_hf():
         assert abs(np.quantile(mine, q) - np.quantile(hf, q)) < 0.01
 
 
+@pytest.mark.parametrize("init", [True, False])
+def test_how_it_begins(init):
+    """Where HF's weights lie, and how far they are spread."""
+    fields = {"target_modules": ["up"], "r": 5, "n_tasks": 40, "n_skills": 60, "n_splits": 2, "init_weights": init}
+    weights, _, _ = theirs.data(CASE)
+    hf = peft.get_peft_model(theirs.build("blocks", weights), peft.PolyConfig(**fields))
+    mine = msft_peft.get_peft_model(ours.build("blocks", weights), msft_peft.PolyConfig(**fields))
+    wanted = {name: p.detach().numpy() for name, p in hf.named_parameters() if p.requires_grad}
+    assert sorted(wanted) == sorted(p.name for p in mine.trainable_params())
+    for p in mine.trainable_params():
+        theirs_, value = wanted[p.name], p.asnumpy()
+        assert value.shape == theirs_.shape
+        np.testing.assert_allclose([value.std(), value.max()], [theirs_.std(), theirs_.max()], rtol=0.1)
+        assert abs(value.mean()) <= 0.1 * value.std()
+
+
 def test_the_same_tokens(tmp_path):
     """Beams fail in HF, which does not repeat the tasks: there each row gives what it does alone."""
     kind = transformers.LlamaForCausalLM

@@ -58,7 +58,7 @@ def test_several_at_once_add_up():
     model.add_adapter("two", config)
     for seed, name in enumerate(("one", "two")):
         shake(weights_of(model, name), seed=seed)
-    layer = model.base_model.model.layers[2].look
+    layer = model.base_model.model.layers[1].look
     x = model.sample()
     with model.disable_adapter():
         base = array(layer(x))
@@ -75,7 +75,7 @@ def test_what_it_refuses():
     for settings, said in (
         ({"adapter_len": None}, "needs adapter_len"),
         ({"adapter_layers": None}, "needs adapter_layers"),
-        ({"adapter_layers": 4}, "more adapter layers '4' than the model has '3'"),
+        ({"adapter_layers": 3}, "more adapter layers '3' than the model has '2'"),
         ({"target_modules": "attn"}, "is not supported. Currently"),
         ({"target_modules": None}, "no default is known"),
     ):
@@ -90,4 +90,4 @@ def test_what_it_refuses():
     with pytest.raises(MergeError):
         model.merge_adapter()
     with pytest.raises(MergeError, match="cannot be merged into a weight"):
-        model.base_model.model.layers[2].look.check_merge(["default"], finite=False)
+        model.base_model.model.layers[1].look.check_merge(["default"], finite=False)

@@ -33,6 +33,7 @@ def test_each_row_is_what_its_task_makes_of_it(mode: str):
         for row, task in enumerate(tasks):
             assert_same(y[row], each[task][row])
     assert compiled_count() == count
+    assert_same(model(x=x, task_ids=Tensor([0, 2], ms.int32)), y)
     with pytest.raises(ValueError, match="task_ids should not be None"):
         model(x)
     for wrong in ([3, 0], [-1, 0]):
@@ -40,6 +41,8 @@ def test_each_row_is_what_its_task_makes_of_it(mode: str):
             model(x, task_ids=Tensor(wrong, ms.int32))
     with pytest.raises(ValueError, match=r"must be \(B,\)"):
         model(x, task_ids=Tensor([[1, 0]], ms.int32))
+    with pytest.raises(ValueError, match="one for each of the 2 rows, got 3"):
+        model(x, task_ids=Tensor([1, 0, 2], ms.int32))
     base = array(nets_base(x))
     with model.disable_adapter():
         assert_same(model(x), base)
