@@ -209,6 +209,10 @@ from msft_peft.tuners.poly import (
     PolyConfig,
     PolyModel,
 )
+from msft_peft.tuners.pvera import (
+    PveraConfig,
+    PveraModel,
+)
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
@@ -359,6 +363,8 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PveraConfig",
+    "PveraModel",
     "RandLoraConfig",
     "RandLoraModel",
     "RoadConfig",

@@ -36,7 +36,6 @@ NOT_BUILT = {
     "OSF": "OSF",
     "PEANUT": "Peanut",
     "PSOFT": "Psoft",
-    "PVERA": "Pvera",
     "SHADOW": "Shadow",
     "SUPERTUNING": "Supertuning",
     "TINYLORA": "TinyLora",

@@ -44,6 +44,8 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], int, float]] = [
     ("road", "RoadConfig", QV | {"variant": "road_2"}, 229_376, 0.9),
     ("boft-default", "BOFTConfig", QV, 802_816, 3.1),
     ("vera-default", "VeraConfig", QV, 129_024, 6.5),
+    ("pvera-default", "PveraConfig", QV, 143_360, 9.6),
+    ("pvera-rank64", "PveraConfig", QV | {"r": 64}, 121_856, 2.7),
     ("vblora-default", "VBLoRAConfig", QV, 1_212_416, 4.6),
     ("fourierft-default", "FourierFTConfig", QV, 56_000, 0.2),
     ("fourierft-n_frequency-5000", "FourierFTConfig", QV | {"n_frequency": 5000}, 280_000, 1.1),
