@@ -229,6 +229,10 @@ from msft_peft.tuners.poly import (
     PolyConfig,
     PolyModel,
 )
+from msft_peft.tuners.pvera import (
+    PveraConfig,
+    PveraModel,
+)
 from msft_peft.tuners.r_drop import (
     WithRDropLoss,
 )
@@ -393,6 +397,8 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PveraConfig",
+    "PveraModel",
     "RandLoraConfig",
     "RandLoraModel",
     "RoadConfig",

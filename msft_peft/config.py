@@ -32,7 +32,6 @@ NOT_BUILT = {
     "LILY": "Lily",
     "OSF": "OSF",
     "PSOFT": "Psoft",
-    "PVERA": "Pvera",
     "SHADOW": "Shadow",
     "TINYLORA": "TinyLora",
     "UNILORA": "UniLora",

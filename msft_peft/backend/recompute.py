@@ -16,6 +16,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common._register_for_recompute import recompute_registry
 
+from msft_peft.backend.noise import SeededNormal
+
 _MARK = "recompute_"
 # Not by `import`: the package has a function of that name too.
 _seeds: Any = importlib.import_module("mindspore.common.seed")
@@ -46,13 +48,14 @@ class _Call(nn.Cell):
 class _Seeds:
     """The random numbers of a call, so that its repetition draws the same.
 
-    `ops.dropout` and other functions take a new seed at each call, which depends on how many there were. The kernel of
-    `nn.Dropout` goes on drawing from where it was, and no one can ask it where: so such cells call `ops.dropout` here.
+    `ops.dropout` and other functions take a new seed at each call, which depends on how many there were. The kernels
+    of `nn.Dropout` and `SeededNormal` go on drawing from where they were, and no one can ask them where: so such cells
+    call a function here.
     What draws from MindSpore's default generator (`mint`) is repeated by MindSpore.
     """
 
     def __init__(self, block: nn.Cell) -> None:
-        self.dropouts = [cell for _, cell in block.cells_and_names() if type(cell) is nn.Dropout]
+        self.drawing = [cell for _, cell in block.cells_and_names() if type(cell) in _REPEATABLE]
         seed = _seeds._GLOBAL_SEED
         # Without a seed kernels draw one that nobody can ask for: then this call has one of its own.
         self.own = seed is None
@@ -66,12 +69,12 @@ class _Seeds:
         again, self.ran = self.ran or self.own, True
         if again:
             _seeds._GLOBAL_SEED, _seeds._KERNEL_SEED = self.start[0], dict(self.start[1])
-        for cell in self.dropouts:
-            cell.__dict__["construct"] = functools.partial(_drop, cell)
+        for cell in self.drawing:
+            cell.__dict__["construct"] = functools.partial(_REPEATABLE[type(cell)], cell)
         try:
             yield
         finally:
-            for cell in self.dropouts:
+            for cell in self.drawing:
                 del cell.__dict__["construct"]
             if again:
                 _seeds._GLOBAL_SEED, _seeds._KERNEL_SEED = before
@@ -84,6 +87,14 @@ def _counts() -> dict:
 
 def _drop(cell: nn.Dropout, x: Tensor) -> Tensor:
     return ops.dropout(x, _rate(cell), cell.training)
+
+
+def _draw(cell: SeededNormal, like: Tensor) -> Tensor:
+    return ops.standard_normal(like.shape)
+
+
+# How a cell draws by functions that can be repeated.
+_REPEATABLE = {nn.Dropout: _drop, SeededNormal: _draw}
 
 
 def _rate(cell: nn.Dropout) -> float:

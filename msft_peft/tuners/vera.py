@@ -74,7 +74,7 @@ class VeraProjections(Shared):
         generator = TorchGenerator(config.projection_prng_key)
         inputs, outputs = max(site.in_features for site in sites), max(site.out_features for site in sites)
         shapes = {"vera_A": (config.r, inputs), "vera_B": (outputs, config.r)}
-        drawn = {key: _kaiming_uniform(generator, shape) for key, shape in shapes.items()}
+        drawn = {key: kaiming_uniform(generator, shape) for key, shape in shapes.items()}
         self.vera_A, self.vera_B = (
             self.weight(key, shapes[key], values, fixed=True, saved=config.save_projection)
             for key, values in drawn.items()
@@ -101,7 +101,8 @@ class VeraPatch(LowRankPatch):
         return ops.mul(b, ops.expand_dims(self.vera_lambda_b, 1)), ops.mul(a, ops.expand_dims(self.vera_lambda_d, 1))
 
 
-def _kaiming_uniform(generator: TorchGenerator, shape: tuple[int, int]) -> np.ndarray:
+def kaiming_uniform(generator: TorchGenerator, shape: tuple[int, int]) -> np.ndarray:
+    """He-uniform with variance 2 / columns."""
     # In this order of operations, for the same bits.
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
     return generator.uniform(shape, -bound, bound)

@@ -44,6 +44,8 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], int, float]] = [
     ("road", "RoadConfig", QV | {"variant": "road_2"}, 229_376, 0.9),
     ("boft-default", "BOFTConfig", QV, 802_816, 3.1),
     ("vera-default", "VeraConfig", QV, 129_024, 6.5),
+    ("pvera-default", "PveraConfig", QV, 143_360, 9.6),
+    ("pvera-rank64", "PveraConfig", QV | {"r": 64}, 121_856, 2.7),
     ("vblora-default", "VBLoRAConfig", QV, 1_212_416, 4.6),
     ("beft-target-v_proj", "BeftConfig", {"target_modules": ["v_proj"]}, 28_672, 0.1),
     ("peanut-rank32", "PeanutConfig", QV | {"scaling": 2.0}, 7_340_032, 28.0),

@@ -63,6 +63,8 @@ FRESH = [
     *each("Gralora", True, False, kinds=("dense", "tall"), r=8, gralora_k=2, hybrid_r=4),
     *each("Vera", True, False, r=96),
     *each("Vera", 0.5, field="d_initial", r=12),
+    *each("Pvera", True, False, r=96),
+    *each("Pvera", 0.5, field="d_initial", r=12),
     *each("AdaLora", True, kinds=("conv2d",), field="init_lora_weights", init_r=96, total_step=9),
     *each("AdaLora", True, False, field="init_lora_weights", init_r=96, total_step=9),
     *each("Shira", True, False, r=4, random_seed=1),
@@ -257,3 +259,31 @@ def test_updates_are_dropped_as_often_as_in_hf(case, tmp_path):
         wanted = 1 / (1 - SHARE) if rows and makes_up else 1.0
         np.testing.assert_allclose(share[kept], wanted, rtol=0.25 if wanted != 1 else 1e-3)
         assert share[kept].mean() == pytest.approx(wanted, rel=0.03)
+
+
+# --- hidden values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pvera_s_updates_are_drawn_from_hf_s_distributions(training, tmp_path):
+    """Each output of many draws has HF's mean and spread; those of one draw hang together as in HF."""
+    case = Fresh("Pvera", {"r": 6, "init_weights": False, "sample_at_inference": not training})
+    ms.set_seed(3)
+    with quiet():
+        hf = hf_twin(case)
+        for key, p in hf.named_parameters():
+            if "lambda_d" in key:
+                p.data.mul_(0.2)
+        mine = our_twin(case, hf, tmp_path)
+    x = np.tile(0.1 * np.random.default_rng(0).normal(size=INPUTS).astype(np.float32), (ROWS, 1))
+    found, wanted = (updates(model, x, training)[0] for model in (mine, hf))
+    spread = wanted.std(0)
+    assert spread.min() > 0.01
+    # The error of a mean, and of a difference of two, is known.
+    np.testing.assert_array_less(np.abs(found.mean(0) - wanted.mean(0)), 6 * spread / np.sqrt(ROWS / 2))
+    np.testing.assert_allclose(found.std(0), spread, rtol=0.06)
+    alike = np.corrcoef(found, rowvar=False) - np.corrcoef(wanted, rowvar=False)
+    assert np.abs(alike).max() < 0.1
+    # Row by row, and pass by pass, other numbers.
+    assert np.abs(np.corrcoef(found[:-1, 0], found[1:, 0])[0, 1]) < 0.05
+    assert np.abs(np.corrcoef(found[:, 0], updates(mine, x, training)[0][:, 0])[0, 1]) < 0.05

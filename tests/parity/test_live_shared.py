@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from msft_peft import PeftModel, RandLoraConfig, VeraConfig, get_peft_model
+from msft_peft import PeftModel, PveraConfig, RandLoraConfig, VeraConfig, get_peft_model
 from tests.cases import layers_of
 
 from . import ours, theirs
@@ -21,6 +21,18 @@ def test_vera_s_projections_are_torch_s(seed):
     for name in ("vera_A", "vera_B"):
         wanted = getattr(hf.base_model, name)["default"].numpy()
         np.testing.assert_array_equal(getattr(mine.base_model.model.lin0, name)["default"].asnumpy(), wanted)
+
+
+@pytest.mark.parametrize("seed", [0, 2**33 + 5])
+def test_pvera_s_projections_are_torch_s(seed):
+    settings = {"r": 7, "target_modules": ["lin0", "lin1", "out"], "projection_prng_key": seed}
+    weights, _, _ = theirs.data(other("Pvera", "bits", "mlp", "lin0"), 1)
+    hf = peft.get_peft_model(theirs.build("mlp", weights), peft.PveraConfig(**settings))
+    mine = get_peft_model(ours.build("mlp", weights), PveraConfig(**settings))
+    shared = next(layer.adapters["default"].shared for layer in layers_of(mine))
+    for name in ("pvera_A", "pvera_B"):
+        wanted = getattr(hf.base_model, name)["default"].numpy()
+        np.testing.assert_array_equal(getattr(shared, name).asnumpy(), wanted)
 
 
 def test_two_vera_adapters_have_projections_of_their_own(tmp_path):
