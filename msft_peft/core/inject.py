@@ -29,7 +29,7 @@ from msft_peft.core.layer import (
     wrappers,
 )
 from msft_peft.core.naming import named_as_in_hf, translate
-from msft_peft.core.parameter import ParameterLayer
+from msft_peft.core.parameter import ParameterLayer, owner_of
 from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.prompt import PREFIX_STATES, Prompts, VirtualTokens, completed, prompts_of, word_embeddings
 from msft_peft.core.replication import Blocks, replicated, restore_blocks
@@ -338,7 +338,7 @@ def _wrap(model: nn.Cell, adapter: Adapter) -> None:
     for path in sorted(set(adapter.patches) - there, key=len, reverse=True):
         site = adapter.patches[path].site
         if site.kind == "parameter":
-            cell = get_child(model, _owner(path))
+            cell = get_child(model, owner_of(path))
             replace_cells(model, {id(cell): ParameterLayer(cell, site, routing)})
 
 
@@ -591,14 +591,9 @@ def _check_extras(model: nn.Cell, extras: dict[str, Patch], targets: set[str], m
                 "and among trainable_token_indices or target_parameters. target_modules=[] adapts no layers."
             )
         if wanted is ParameterLayer:
-            owner = _owner(path)
-            beside = {other for other in extras if _owner(other) != owner}
+            owner = owner_of(path)
+            beside = {other for other in extras if owner_of(other) != owner}
             _check_owner(owner, patch.site, there.get(path), targets | modules | beside)
-
-
-def _owner(path: str) -> str:
-    """The module that holds the parameter for which there is a wrapper at this path, maybe inside others."""
-    return path.split(".base_layer")[0]
 
 
 def _check_owner(owner: str, site: Site, there: Wrapper | None, others: Iterable[str]) -> None:

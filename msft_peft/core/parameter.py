@@ -81,3 +81,8 @@ def _reader(name: str) -> property:
         return self.peft_slots[name].layer.value()
 
     return property(read)
+
+
+def owner_of(path: str) -> str:
+    """The module that holds the parameter for which there is a wrapper at this path, maybe inside others."""
+    return path.split(".base_layer")[0]
