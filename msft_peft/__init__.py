@@ -13,9 +13,7 @@ from msft_peft.config import (
     PromptLearningConfig,
     TaskType,
 )
-from msft_peft.core.inject import (
-    inject_adapter_in_model,
-)
+from msft_peft.core.inject import inject_adapter_in_model
 from msft_peft.core.switch import (
     rescale_adapter_scale,
 )

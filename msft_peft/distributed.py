@@ -8,10 +8,11 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.communication import get_group_size, get_rank
 
 from msft_peft.backend.arrays import to_numpy, write
-from msft_peft.core.inject import configs_of, held_ids
-from msft_peft.core.layer import TunerLayer, wrappers
+from msft_peft.core.adapter import configs_of, held_ids
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
+from msft_peft.core.wrapper import wrappers
 from msft_peft.errors import ConfigError, PeftError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from mindspore import nn
 
-from msft_peft.core import inject, switch
+from msft_peft.core import switch
+from msft_peft.core.adapter import active_of
 from msft_peft.core.inject import inject_adapter_in_model
 from msft_peft.core.tuner import base_of
 from msft_peft.io.state import get_peft_model_state_dict, set_peft_model_state_dict
@@ -76,7 +77,7 @@ def delete_adapter(model: nn.Cell, adapter_name: str, prefix: str = "", layer_cl
     """
     base = base_of(model)
     switch.delete_adapter(base, adapter_name)
-    return inject.active_of(base) or None
+    return active_of(base) or None
 
 
 def cast_adapter_dtype(model: nn.Cell, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -9,8 +9,9 @@ from mindspore import nn
 
 from msft_peft.backend.tree import named_parameters
 from msft_peft.config import PeftConfig, TargetedConfig
-from msft_peft.core.layer import outer_cells, site_of
+from msft_peft.core.layer import site_of
 from msft_peft.core.targets import match_targets, resolve_targets
+from msft_peft.core.wrapper import outer_cells
 from msft_peft.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning
 from msft_peft.hosts import hf_names
 from msft_peft.registry import method_of

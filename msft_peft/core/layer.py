@@ -1,8 +1,7 @@
-"""The two wrappers that stand in a model's tree in place of a layer, and all the bookkeeping for what they hold."""
+"""TunerLayer: a layer with the Patches of all adapters on it, and the bookkeeping for these, once for every method."""
 
-import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -18,112 +17,9 @@ from msft_peft.backend.tree import inherit_mode
 from msft_peft.core.patch import Patch, place_of
 from msft_peft.core.routing import Routing
 from msft_peft.core.scale import Scale
+from msft_peft.core.wrapper import View, Wrapper, wrappers
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError
 from msft_peft.hosts import Site, describe
-
-
-class View(nn.Cell):
-    """`layer.lora_A` as HF's scripts know it: adapter name -> weight, over parameters that belong to the Patches.
-
-    It stands in the tree before them, so that a parameter's path, and with it its name, is HF's:
-    `q_proj.lora_A.default.weight`.
-    """
-
-    def put(self, name: str, rest: str, parameter: Parameter) -> None:
-        if not rest:
-            self._params[name] = parameter
-            return
-        *number, leaf = rest.split(".")
-        holder = self._cells.setdefault(name, nn.CellList() if number else nn.Cell())
-        for part in number:
-            holder = holder._cells.setdefault(part, nn.Cell())
-        holder._params[leaf] = parameter
-
-    def drop(self, name: str) -> None:
-        self._cells.pop(name, None)
-        self._params.pop(name, None)
-
-    def keys(self) -> list[str]:
-        return [*self._cells, *self._params]
-
-    def __getitem__(self, name: str) -> Any:
-        return self._cells[name] if name in self._cells else self._params[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._cells or name in self._params
-
-    def __len__(self) -> int:
-        return len(self._cells) + len(self._params)
-
-
-class Wrapper(nn.Cell):
-    """Stands for a layer of the base model, and holds what each adapter has there.
-
-    Attributes:
-        active: the adapters in use, those that are not here left out.
-        trained: the adapters whose weights get gradients, for compiled code, which cannot ask a Parameter.
-        enabled: False while all adapters are switched off.
-        routing: what all wrappers of the model share.
-    """
-
-    def __init__(self, routing: Routing) -> None:
-        super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.trained: tuple[str, ...] = ()
-        self.enabled = True
-        self.routing = routing
-
-    def base(self) -> nn.Cell:
-        """The layer that stood here before."""
-        raise NotImplementedError
-
-    def held(self) -> Mapping[str, nn.Cell]:
-        """What the adapters have here: name -> Cell."""
-        raise NotImplementedError
-
-    def discard(self, name: str) -> None:
-        """Take one adapter out; without effect if it has nothing here."""
-        raise NotImplementedError
-
-    def inside(self) -> Mapping[str, nn.Cell]:
-        """The cells in which further wrappers may stand, by attribute."""
-        return self._cells
-
-    def released(self) -> None:
-        """Undo what was done to the layer, when it takes its place again."""
-
-    def activate(self, names: Iterable[str]) -> None:
-        self.active = tuple(name for name in names if name in self.held())
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.enabled = enabled
-
-    def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
-        names = [name for name in names if name in self.held()]
-        self.trained = tuple({*self.trained, *names} if requires_grad else {*self.trained} - {*names})
-        for cell in (self.held()[name] for name in names):
-            fixed = {id(p) for p in fixed_in(cell)}
-            for p in cell.get_parameters():
-                p.requires_grad = requires_grad and id(p) not in fixed
-
-
-def fixed_in(cell: nn.Cell) -> list[Parameter]:
-    """The parameters that an adapter has there and never trains."""
-    return [getattr(holder, attribute) for holder in _holders(cell) for attribute in getattr(holder, "fixed", ())]
-
-
-def buffers_in(cell: nn.Cell) -> list[Parameter]:
-    """Those of them that HF does not count as parameters."""
-    counted = {id(getattr(holder, a)) for holder in _holders(cell) for a in getattr(holder, "counted", ())}
-    return [p for p in fixed_in(cell) if id(p) not in counted]
-
-
-def _holders(cell: nn.Cell) -> list[nn.Cell]:
-    """An adapter's part there, and what that shares with its others."""
-    return [cell, cell.shared] if isinstance(cell, Patch) and cell.shared is not None else [cell]
 
 
 class TunerLayer(Wrapper):
@@ -540,134 +436,6 @@ class TunerLayer(Wrapper):
             return getattr(cells["base_layer"], name)
 
 
-class PairedTunerLayer(TunerLayer):
-    """A TunerLayer for a layer that returns (output, bias): None, or a bias that whoever calls it is to add.
-
-    With adapters in effect it adds that bias itself and returns zeros in its place, since they may change the bias.
-    """
-
-    def __init__(self, base: nn.Cell, site: Site, routing: Routing) -> None:
-        super().__init__(base, site, routing)
-        self.leaves_bias = site.bias is not None and base.skip_bias_add
-
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = self.adapted(x)
-        if not self.leaves_bias:
-            return y, None
-        bias = self.base_layer.bias
-        return y, ops.zeros_like(bias) if self.adapting or self.routing.names else bias
-
-    def _base_output(self, x: Tensor) -> Tensor:
-        return self.base_layer(x)[0]
-
-    def _linear(self, x: Tensor) -> Tensor:
-        y = super()._linear(x)
-        return ops.add(y, ops.cast(self.base_layer.bias, y.dtype)) if self.leaves_bias else y
-
-
-class AttentionLayer(TunerLayer):
-    """A TunerLayer for a whole attention: Patches there say what its queries look at beside the text.
-
-    The attention makes keys and values of a Patch's `tokens`, and takes them with its `gate`, see `attend_beside` in
-    `models.attention`. What several adapters do adds up.
-    """
-
-    def construct(self, *args: Any, **kwargs: Any) -> Any:
-        if self.routing.names:
-            return self._divided(args, kwargs)
-        if not self.adapting:
-            return self.base_layer(*args, **kwargs)
-        return self.base_layer(*args, **kwargs, beside=self._beside(self.active))
-
-    def _beside(self, names: tuple[str, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
-        found: tuple[Any, ...] = ()
-        for name in names:
-            patch = self.adapters[name]
-            k, v = self.base_layer.keys_and_values(ops.cast(patch.tokens(), self.site.dtype))
-            found = (*found, (k, v, patch.gate()))
-        return found
-
-    def _divided(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Each row with what its own adapter puts beside: a pass for each, of whose results only the first differs."""
-        outputs = self.base_layer(*args, **kwargs)
-        for name in self.apart:
-            mine = self.base_layer(*args, **kwargs, beside=self._beside((name,)))
-            if isinstance(outputs, tuple):
-                outputs = (ops.where(self.routing.serves(name, outputs[0]), mine[0], outputs[0]), *outputs[1:])
-            else:
-                outputs = ops.where(self.routing.serves(name, outputs), mine, outputs)
-        return outputs
-
-
-def tuner_layer(base: nn.Cell, site: Site, routing: Routing) -> TunerLayer:
-    """The TunerLayer that can stand in the place of `base`."""
-    if site.kind == "attention":
-        return AttentionLayer(base, site, routing)
-    return (PairedTunerLayer if site.paired else TunerLayer)(base, site, routing)
-
-
-class ModulesToSaveWrapper(Wrapper):
-    """A layer that adapters train whole: each has a copy of its own, and the original stays as it was.
-
-    Attributes:
-        original_module: the layer that stood here.
-        modules_to_save: adapter name -> its copy.
-    """
-
-    def __init__(self, original: nn.Cell, routing: Routing) -> None:
-        super().__init__(routing)
-        self.original_module = original
-        self.modules_to_save = nn.CellDict()
-        inherit_mode(self, original)
-
-    def construct(self, *args: Any, **kwargs: Any) -> Any:
-        if self.routing.names:
-            y = self.original_module(*args, **kwargs)
-            for name in self.routing.names:
-                if self.enabled and name in self.modules_to_save.keys():
-                    y = ops.where(self.routing.serves(name, y), self.modules_to_save[name](*args, **kwargs), y)
-            return y
-        if self.enabled and self.active:
-            return self.modules_to_save[self.active[0]](*args, **kwargs)
-        return self.original_module(*args, **kwargs)
-
-    def base(self) -> nn.Cell:
-        return self.original_module
-
-    def held(self) -> Mapping[str, nn.Cell]:
-        return self.modules_to_save._cells
-
-    def add(self, name: str, module: nn.Cell) -> None:
-        """Put an adapter's copy here, inactive; one of the same name is replaced."""
-        # Past CellDict's own check, which refuses containers: a head may well be a SequentialCell.
-        self.modules_to_save._cells[name] = module
-
-    def discard(self, name: str) -> None:
-        self.modules_to_save._cells.pop(name, None)
-        self.activate(n for n in self.active if n != name)
-
-    @property
-    def weight(self) -> Parameter:
-        return self.current().weight
-
-    @property
-    def bias(self) -> Parameter | None:
-        return self.current().bias
-
-    def current(self) -> nn.Cell:
-        """The copy in use, or the original."""
-        return self.held()[self.active[0]] if self.enabled and self.active else self.original_module
-
-    def __getattr__(self, name: str) -> Any:
-        """Anything else is asked of the copy in use, for code that reads the layer's attributes."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original_module" not in self.__dict__.get("_cells", {}):
-                raise
-            return getattr(self.current(), name)
-
-
 def _at_least_float32(p: Parameter) -> Tensor:
     return ops.cast(p, ms.float32) if p.dtype in HALF_DTYPES else p
 
@@ -689,31 +457,9 @@ def _has(patch: Patch, name: str) -> bool:
     return name in patch.__dict__ or name in patch._cells or isinstance(getattr(type(patch), name, None), property)
 
 
-def copy_of(module: nn.Cell) -> nn.Cell:
-    """A trainable copy of a layer."""
-    twin = copy.deepcopy(module)
-    for p in twin.get_parameters():
-        p.requires_grad = True
-    return twin
-
-
 def site_of(cell: nn.Cell, path: str) -> Site | None:
     """The Site that a cell is, wrapped or not; None if it is no layer that can be tuned."""
     return cell.site if isinstance(cell, TunerLayer) else describe(cell, path)
-
-
-def outer_cells(root: nn.Cell) -> dict[str, nn.Cell]:
-    """Every cell below `root` that a config can name, by path: what is inside wrappers is their own affair."""
-    inside = tuple(path + "." for path, _ in wrappers(root))
-    return {path: cell for path, cell in root.cells_and_names() if path and not path.startswith(inside)}
-
-
-def wrappers(root: nn.Cell) -> list[tuple[str, Wrapper]]:
-    """Every wrapper below `root` with its path, in network order."""
-    found: list[tuple[str, Wrapper]] = []
-    seen: set[int] = set()
-    _find_wrappers(root, "", found, seen)
-    return found
 
 
 def introduce(root: nn.Cell) -> None:
@@ -721,15 +467,3 @@ def introduce(root: nn.Cell) -> None:
     for _, wrapper in wrappers(root):
         if isinstance(wrapper, TunerLayer):
             wrapper.introduce()
-
-
-def _find_wrappers(cell: nn.Cell, path: str, found: list[tuple[str, Wrapper]], seen: set[int]) -> None:
-    if id(cell) in seen:
-        return
-    seen.add(id(cell))
-    if isinstance(cell, Wrapper):
-        found.append((path, cell))
-    inside = cell.inside() if isinstance(cell, Wrapper) else cell._cells
-    for key, child in inside.items():
-        if child is not None:
-            _find_wrappers(child, f"{path}.{key}" if path else key, found, seen)

@@ -8,10 +8,11 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from msft_peft.backend import arguments
-from msft_peft.core.inject import configs_of
-from msft_peft.core.layer import TunerLayer, wrappers
+from msft_peft.core.adapter import configs_of
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.parameter import ParameterLayer
 from msft_peft.core.routing import Routing, invocations, routing_of
+from msft_peft.core.wrapper import wrappers
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError
 
 # The name by which a row is served by the base model alone.

@@ -12,7 +12,7 @@ from mindspore.common.initializer import Initializer, Normal, initializer
 from msft_peft.backend.arrays import FLOAT_DTYPES, as_float32, to_numpy, write
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PromptLearningConfig, TaskType
-from msft_peft.core.layer import Wrapper, outer_cells
+from msft_peft.core.wrapper import Wrapper, outer_cells
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import describe, input_table, signature
 from msft_peft.registry import method_of

@@ -9,7 +9,7 @@ from mindspore import nn
 
 from msft_peft.backend.recompute import mark_again
 from msft_peft.backend.tree import get_child, replace_cells
-from msft_peft.core.layer import outer_cells
+from msft_peft.core.wrapper import outer_cells
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import PLACES, blocks_path
 

@@ -15,8 +15,10 @@ from msft_peft.backend import arguments
 from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core import inject
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, wrappers
+from msft_peft.core.adapter import active_of, adapter_in, configs_of, invocations_of
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.prompt import prompts_of
+from msft_peft.core.wrapper import ModulesToSaveWrapper, wrappers
 from msft_peft.errors import AdapterNameError, ConfigError, MergeError, PeftWarning
 from msft_peft.hosts import as_cell
 
@@ -33,7 +35,7 @@ def require(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
         AdapterNameError: one of them is not there.
     """
     names = arguments.adapter_names(names)
-    there = inject.configs_of(model)
+    there = configs_of(model)
     missing = [name for name in names if name not in there]
     if missing:
         raise AdapterNameError(f"Adapter {', '.join(map(str, missing))} not found. There are {sorted(there)}.")
@@ -49,7 +51,7 @@ def set_adapter(model: nn.Cell, adapter_name: str | list[str], inference_mode: b
         both = [name for name in names if name in wrapper.held()]
         if isinstance(wrapper, ModulesToSaveWrapper) and len(both) > 1:
             raise MergeError(f"Adapters {both} cannot be active together: each trains its own copy of {path}.")
-    waiting = inject.invocations_of(model, names)
+    waiting = invocations_of(model, names)
     if len(waiting) > 1:
         raise ConfigError(f"Adapters {names} cannot be active together: they wait for different tokens, {waiting}.")
     unmerge_first(model, "Adapter cannot be set when the model is merged.")
@@ -61,7 +63,7 @@ def require_some(model: nn.Cell, names: str | Iterable[str]) -> list[str]:
     """As `require`; AdapterNameError also if there are no names at all."""
     found = require(model, names)
     if not found:
-        raise AdapterNameError(f"no adapter is named. There are {sorted(inject.configs_of(model))}.")
+        raise AdapterNameError(f"no adapter is named. There are {sorted(configs_of(model))}.")
     return found
 
 
@@ -77,23 +79,23 @@ def set_requires_grad(model: nn.Cell, adapter_names: str | Iterable[str], requir
     if prompts is not None:
         prompts.set_requires_grad(names, requires_grad)
     for name in names:
-        for bias in inject.adapter_in(model, name).biases(model).values():
+        for bias in adapter_in(model, name).biases(model).values():
             bias.parameter.requires_grad = requires_grad
     drop_compiled()
 
 
 def delete_adapter(model: nn.Cell, adapter_name: str) -> None:
     """Remove an adapter and its weights; see `Tuner.delete_adapter`."""
-    configs = inject.configs_of(model)
+    configs = configs_of(model)
     if arguments.adapter_name(adapter_name) not in configs:
         raise AdapterNameError(f"Adapter {adapter_name} does not exist. There are {sorted(configs)}.")
     check_not_merged(model, [adapter_name])
-    was_active = adapter_name in inject.active_of(model)
+    was_active = adapter_name in active_of(model)
     inject.discard(model, adapter_name)
     # An adapter that takes this name later is not active for it.
-    inject.use(model, inject.active_of(model))
-    left = inject.configs_of(model)
-    if was_active and not inject.active_of(model) and left:
+    inject.use(model, active_of(model))
+    left = configs_of(model)
+    if was_active and not active_of(model) and left:
         heir = min(left)
         warnings.warn(
             f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {heir}.",

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from mindspore import nn
 
-from msft_peft.core.layer import copy_of, site_of
+from msft_peft.core.layer import site_of
+from msft_peft.core.wrapper import copy_of
 from msft_peft.errors import PeftWarning
 from msft_peft.hosts import Site, input_table, output_head
 

@@ -13,11 +13,13 @@ from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import inherit_mode, owners, replace_cells
 from msft_peft.config import PeftConfig
 from msft_peft.core import inject, switch
+from msft_peft.core.adapter import active_of, configs_of
 from msft_peft.core.checkpointing import is_checkpointing, set_checkpointing
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, wrappers
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.patch import Patch
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.routing import Routing, invocations, routing_of
+from msft_peft.core.wrapper import ModulesToSaveWrapper, Wrapper, wrappers
 from msft_peft.errors import ConfigError, MergeError, PeftWarning
 from msft_peft.hosts import as_cell, original
 from msft_peft.registry import method_of
@@ -111,12 +113,12 @@ class Tuner(nn.Cell):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """The adapters' configs by name."""
-        return inject.configs_of(self.model)
+        return configs_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters in use (or that would be, were they not disabled)."""
-        return inject.active_of(self.model)
+        return active_of(self.model)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` can convert the adapter: it has layers, and on each it only adds to the weight."""

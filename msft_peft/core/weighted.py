@@ -10,9 +10,9 @@ from mindspore import nn
 from msft_peft.backend import arguments
 from msft_peft.backend.tree import names_prefix
 from msft_peft.core import inject
-from msft_peft.core.inject import Adapter
-from msft_peft.core.layer import copy_of
+from msft_peft.core.adapter import Adapter, adapter_in, configs_of
 from msft_peft.core.tuner import Tuner
+from msft_peft.core.wrapper import copy_of
 from msft_peft.errors import AdapterNameError, ConfigError
 
 
@@ -23,7 +23,7 @@ def parts_of(model: nn.Cell, adapters: Sequence[str], weights: Sequence[float], 
         AdapterNameError: the new name is taken, or an adapter is not there.
         ConfigError: not a finite weight for each.
     """
-    there = inject.configs_of(model)
+    there = configs_of(model)
     if arguments.adapter_name(name) in there:
         raise AdapterNameError(f"Adapter with name '{name}' already exists.")
     if isinstance(adapters, str) or not adapters:
@@ -37,7 +37,7 @@ def parts_of(model: nn.Cell, adapters: Sequence[str], weights: Sequence[float], 
         raise ConfigError(f"There must be a weight for each adapter: got {len(weights)} for {len(adapters)}")
     if not all(math.isfinite(weight) for weight in weights):
         raise ConfigError(f"The weights must be finite numbers, got {list(weights)}")
-    return [inject.adapter_in(model, one) for one in adapters]
+    return [adapter_in(model, one) for one in adapters]
 
 
 def whole_modules(parts: Sequence[Adapter]) -> dict[str, nn.Cell]:

@@ -22,10 +22,10 @@ from msft_peft.backend.hub import fetch
 from msft_peft.backend.torch_pickle import read_torch
 from msft_peft.backend.tree import Named, named_parameters
 from msft_peft.config import PeftConfig
-from msft_peft.core.inject import Adapter, lies_inside
+from msft_peft.core.adapter import Adapter, lies_inside
 from msft_peft.core.keys import BASE, PREFIX, in_file
-from msft_peft.core.layer import Wrapper, outer_cells
 from msft_peft.core.targets import matches_name
+from msft_peft.core.wrapper import Wrapper, outer_cells
 from msft_peft.errors import ConfigError, LoadError, PeftWarning
 from msft_peft.hosts import hf_names, input_table, output_head, plain_dtypes
 from msft_peft.registry import method_of

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from msft_peft.backend.files import replacing
-from msft_peft.core.inject import check_name
+from msft_peft.core.adapter import check_name
 from msft_peft.core.keys import PREFIX
 from msft_peft.errors import ConfigError, LoadError
 from msft_peft.io.adapter import ADAPTER_ENTRY, read_file, write_arrays

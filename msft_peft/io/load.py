@@ -12,10 +12,11 @@ from mindspore import Tensor, nn
 
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named, get_child, named_parameters
-from msft_peft.core.inject import Adapter
+from msft_peft.core.adapter import Adapter
 from msft_peft.core.keys import PREFIX, in_file
-from msft_peft.core.layer import Wrapper, introduce
+from msft_peft.core.layer import introduce
 from msft_peft.core.patch import Patch
+from msft_peft.core.wrapper import Wrapper
 from msft_peft.errors import LoadError, MergeError, PeftWarning
 from msft_peft.hosts import hf_names
 from msft_peft.io.adapter import Tensors, embeddings_of

@@ -14,7 +14,8 @@ import yaml
 from mindspore import nn
 
 from msft_peft.config import PeftConfig
-from msft_peft.core.layer import outer_cells, site_of
+from msft_peft.core.layer import site_of
+from msft_peft.core.wrapper import outer_cells
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import output_head
 

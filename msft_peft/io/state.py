@@ -11,11 +11,12 @@ from mindspore import Parameter, Tensor, nn
 
 from msft_peft.backend import arguments
 from msft_peft.backend.tree import Named, torch_shape
-from msft_peft.core import inject, switch
-from msft_peft.core.inject import Adapter
+from msft_peft.core import switch
+from msft_peft.core.adapter import Adapter, adapter_in
 from msft_peft.core.keys import PREFIX
-from msft_peft.core.layer import Wrapper
+from msft_peft.core.prepare import unmerged
 from msft_peft.core.tuner import base_of
+from msft_peft.core.wrapper import Wrapper
 from msft_peft.errors import LoadError
 from msft_peft.io.adapter import Tensors, embeddings_to_save, packed, read_tensors, unpacked
 from msft_peft.io.load import LoadReport, as_arrays, fit
@@ -50,14 +51,14 @@ def get_peft_model_state_dict(
     Differs: HF returns the model's own tensors, which change under the caller.
     """
     base = base_of(model)
-    adapter = inject.adapter_in(base, adapter_name)
+    adapter = adapter_in(base, adapter_name)
     prefix = "" if base is model else adapter.prefix
     beside = embeddings_to_save(base, adapter, save_embedding_layers)
     if state_dict is None:
         entries = adapter.entries(base) | beside
     else:
         entries = entries_from(state_dict, adapter, base, prefix)[1] | taken_from(state_dict, beside, prefix)
-    with inject.unmerged(base, (named.parameter for named in entries.values())):
+    with unmerged(base, (named.parameter for named in entries.values())):
         return {key: Tensor(array.copy()) for key, array in packed(entries, prefix, adapter.config).items()}
 
 
@@ -91,7 +92,7 @@ def set_peft_model_state_dict(
     model's among the missing.
     """
     base = base_of(model)
-    adapter = inject.adapter_in(base, adapter_name)
+    adapter = adapter_in(base, adapter_name)
     tensors = unpacked(Tensors("The given state dict", as_arrays(peft_model_state_dict)), adapter.config)
     fitted = fit(tensors, adapter, base)
     fitted.report.check(False, ignore_mismatched_sizes, low_cpu_mem_usage)

@@ -11,9 +11,9 @@ from mindspore import nn
 
 from msft_peft.backend.tree import remembered_modes
 from msft_peft.config import CONFIG_NAME
-from msft_peft.core import inject
-from msft_peft.core.layer import outer_cells
+from msft_peft.core.adapter import adapter_in, configs_of
 from msft_peft.core.targets import matches_name
+from msft_peft.core.wrapper import outer_cells
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import as_cell
 from msft_peft.model.peft_model import PeftModel
@@ -64,7 +64,7 @@ def create_arrow_model(
     sources = [_source(path) for path in (*tasks, *general)][: len(names)]
     (first, *others) = zip(names, sources, strict=True)
     base_model = as_cell(base_model)
-    held = inject.configs_of(base_model)
+    held = configs_of(base_model)
     if held:
         raise ConfigError(
             f"create_arrow_model needs a model without adapters, and this one has {sorted(held)}: unload() them, or "
@@ -103,7 +103,7 @@ def _source(path: str | os.PathLike) -> tuple[str, dict[str, str]]:
 
 def _router(base: nn.Cell, arrow: ArrowConfig, names: Sequence[str]) -> LoraConfig:
     """The router's config: for the layers that all the adapters have."""
-    adapters = [inject.adapter_in(base, name) for name in names]
+    adapters = [adapter_in(base, name) for name in names]
     for adapter in adapters:
         odd = [path for path, patch in adapter.patches.items() if not is_plain(patch)]
         if odd or not isinstance(adapter.config, LoraConfig):

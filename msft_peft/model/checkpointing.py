@@ -6,8 +6,8 @@ from typing import Any
 from mindspore import nn
 
 from msft_peft.backend.graphs import drop_compiled
+from msft_peft.core.adapter import configs_of
 from msft_peft.core.checkpointing import set_checkpointing
-from msft_peft.core.inject import configs_of
 from msft_peft.core.tuner import base_of
 from msft_peft.errors import ConfigError
 from msft_peft.model.precision import halves_to_float32

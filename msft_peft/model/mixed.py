@@ -9,7 +9,7 @@ from mindspore import nn
 from msft_peft.backend import arguments
 from msft_peft.config import PeftConfig
 from msft_peft.core import switch
-from msft_peft.core.inject import Adapter
+from msft_peft.core.adapter import Adapter
 from msft_peft.errors import AdapterNameError, ConfigError
 from msft_peft.model.peft_model import PeftModel
 from msft_peft.registry import METHODS, method_of

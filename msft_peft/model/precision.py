@@ -9,9 +9,10 @@ from mindspore import Parameter, nn
 
 from msft_peft.backend.arrays import FLOAT_DTYPES, HALF_DTYPES
 from msft_peft.backend.graphs import drop_compiled
-from msft_peft.core.layer import TunerLayer, wrappers
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
+from msft_peft.core.wrapper import wrappers
 from msft_peft.errors import ConfigError, MergeError
 from msft_peft.hosts import as_cell
 

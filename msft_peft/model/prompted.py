@@ -11,8 +11,8 @@ from mindspore import Tensor, nn, ops
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.core import switch
 from msft_peft.core.checkpointing import is_checkpointing, set_checkpointing
-from msft_peft.core.layer import wrappers
 from msft_peft.core.prompt import EMBEDDINGS, PREFIX_STATES, Prompts, VirtualTokens, prompts_of
+from msft_peft.core.wrapper import wrappers
 from msft_peft.errors import PeftWarning
 
 _IGNORED = -100

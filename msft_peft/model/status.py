@@ -8,10 +8,11 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, nn
 
-from msft_peft.core import inject
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer, Wrapper, fixed_in, wrappers
+from msft_peft.core.adapter import active_of, configs_of
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.prompt import prompts_of
 from msft_peft.core.tuner import base_of
+from msft_peft.core.wrapper import ModulesToSaveWrapper, Wrapper, fixed_in, wrappers
 
 IRREGULAR = "irregular"
 # A layer of this kind is called so in HF's class names: "lora.Linear".
@@ -122,7 +123,7 @@ def get_model_status(model: nn.Cell) -> TunerModelStatus:
     layers = get_layer_status(model)
     base = base_of(model)
     wrapped = base is not model
-    configs = inject.configs_of(base)
+    configs = configs_of(base)
     available = sorted({name for layer in layers for name in layer.available_adapters})
     sizes = [(math.prod(p.shape), p.requires_grad) for p in model.get_parameters()]
     kinds = [type(config).__name__.removesuffix("Config") + "Model" for config in configs.values()]
@@ -173,7 +174,7 @@ def _module_type(wrapper: Wrapper, base: nn.Cell) -> str:
     if wrapper.held() and all(patch.auxiliary for patch in wrapper.held().values()):
         return _TOKENS
     kind = _KIND_NAMES.get(wrapper.site.kind, wrapper.site.kind)
-    configs = inject.configs_of(base)
+    configs = configs_of(base)
     # A layer whose adapters were deleted is still named after the method of the others.
     methods = [str(configs[name].peft_type).lower() for name in wrapper.held() or configs]
     return f"{methods[0]}.{kind}" if methods else kind
@@ -181,7 +182,7 @@ def _module_type(wrapper: Wrapper, base: nn.Cell) -> str:
 
 def _active(wrapper: Wrapper, base: nn.Cell) -> list[str]:
     """The model's active adapters; the layer's own, if those of them that it has are not its active ones."""
-    names = inject.active_of(base)
+    names = active_of(base)
     return names if tuple(n for n in names if n in wrapper.held()) == wrapper.active else list(wrapper.active)
 
 

@@ -10,7 +10,7 @@ from mindspore.common.initializer import Normal, Uniform
 
 from msft_peft.backend.arrays import to_numpy
 from msft_peft.config import TargetedConfig, check_bias, check_finite, check_positive, check_probability
-from msft_peft.core import inject
+from msft_peft.core.adapter import adapter_in
 from msft_peft.core.patch import Shared
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError, LoadError
@@ -136,7 +136,7 @@ class VBLoRAModel(Tuner):
 
         Differs: HF counts the logits of all adapters.
         """
-        found = inject.adapter_in(self.model, adapter)
+        found = adapter_in(self.model, adapter)
         arrays = pack(found.config, {key: named.read() for key, named in found.entries(self.model).items()})
         own = sum(array.nbytes for key, array in arrays.items() if "vblora_" in key)
         return own // 4, sum(array.size for key, array in arrays.items() if "vblora_" not in key)

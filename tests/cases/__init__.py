@@ -12,8 +12,9 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from msft_peft import PeftConfig, PeftModel, get_peft_model
-from msft_peft.core.layer import TunerLayer, fixed_in
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.patch import Patch
+from msft_peft.core.wrapper import fixed_in
 from msft_peft.registry import METHODS, Method
 from tests.tolerances import array
 

@@ -7,7 +7,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from msft_peft import MergeError, PeftModel
-from msft_peft.core.layer import Wrapper
+from msft_peft.core.wrapper import Wrapper
 from tests.cases import Case, layers_of, life_cases, output, read_the_base, weights_of
 from tests.tolerances import array, assert_same, differ
 

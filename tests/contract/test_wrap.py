@@ -9,7 +9,8 @@ import pytest
 from mindspore import nn
 
 from msft_peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer
+from msft_peft.core.layer import TunerLayer
+from msft_peft.core.wrapper import ModulesToSaveWrapper
 from tests import nets
 from tests.cases import Case, fixed_of, life_cases, output, shake, weights_of
 from tests.tolerances import array, assert_same, differ

@@ -9,7 +9,8 @@ import pytest
 from mindspore import mint, nn
 
 from msft_peft import LoraConfig, MergeError, PeftModel, get_peft_model
-from msft_peft.core.layer import ModulesToSaveWrapper, TunerLayer
+from msft_peft.core.layer import TunerLayer
+from msft_peft.core.wrapper import ModulesToSaveWrapper
 from tests import nets
 from tests.cases import layers_of, output, shake, state_of, weights_of
 from tests.tolerances import array, assert_same, differ

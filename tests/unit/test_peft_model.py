@@ -20,7 +20,7 @@ from msft_peft.backend.arrays import write
 from msft_peft.backend.files import replacing, write_text
 from msft_peft.backend.hub import fetch
 from msft_peft.core import inject
-from msft_peft.core.layer import wrappers
+from msft_peft.core.wrapper import wrappers
 from msft_peft.errors import ConfigError
 from tests import nets
 from tests.cases import layers_of, output, shake, state_of, weights_of

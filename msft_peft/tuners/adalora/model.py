@@ -5,7 +5,7 @@ from typing import Any
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from msft_peft.core import inject
+from msft_peft.core.adapter import adapter_in
 from msft_peft.core.patch import Reference
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
@@ -124,7 +124,7 @@ class AdaLoraModel(Tuner):
         return names[0]
 
     def _allocator(self, name: str) -> RankAllocator:
-        adapter = inject.adapter_in(self.model, name)
+        adapter = adapter_in(self.model, name)
         known = self._allocators.get(name)
         # Another adapter may have taken the name since.
         if known is None or known.config is not adapter.config or known.patches != adapter.patches:

@@ -12,9 +12,10 @@ from mindspore import Tensor, nn
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.backend.tree import remembered_modes
-from msft_peft.core.layer import outer_cells, site_of
+from msft_peft.core.layer import site_of
 from msft_peft.core.naming import named_as_in_hf, translate
 from msft_peft.core.targets import match_targets, resolve_targets
+from msft_peft.core.wrapper import outer_cells
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site, hf_names
 from msft_peft.registry import method_of

@@ -16,9 +16,10 @@ from msft_peft.backend.arrays import as_float32, to_numpy, write
 from msft_peft.backend.files import replacing_all
 from msft_peft.backend.tree import Named
 from msft_peft.config import PeftConfig, TargetedConfig
-from msft_peft.core import inject
-from msft_peft.core.layer import TunerLayer, wrappers
+from msft_peft.core.adapter import Adapter, adapter_in
+from msft_peft.core.layer import TunerLayer
 from msft_peft.core.targets import match_pattern
+from msft_peft.core.wrapper import wrappers
 from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import hf_names
 from msft_peft.io.adapter import PREFIX, save_prompt_encoder, save_tensors
@@ -97,13 +98,13 @@ def save_as_lora(
         adapter.config.save_pretrained(scratch)
 
 
-def _entries(adapter: inject.Adapter, model: nn.Cell) -> dict[str, Named]:
+def _entries(adapter: Adapter, model: nn.Cell) -> dict[str, Named]:
     return adapter.entries(_holder(model))
 
 
 def _converted(
     model: nn.Cell, rank: float, name: str, progressbar: bool, compile_kwargs: dict[str, Any] | None
-) -> inject.Adapter:
+) -> Adapter:
     """The LoRA adapter, outside the model."""
     if compile_kwargs is not None:
         raise NotImplementedError("compile_kwargs are torch.compile's; the SVD is LAPACK's here: leave them at None")
@@ -111,7 +112,7 @@ def _converted(
         raise TypeError(f"`model` must be a mindspore.nn.Cell, got {type(model).__name__}")
     _check_rank(rank)
     base = _holder(model)
-    source = inject.adapter_in(base, name)
+    source = adapter_in(base, name)
     layers = _layers(base, source)
     if isinstance(source.config, LoraConfig):
         warnings.warn(
@@ -131,7 +132,7 @@ def _converted(
         for attribute, value in zip(patch.keys, factors[path], strict=True):
             p = getattr(patch, attribute)
             write(p, value.reshape(p.shape))
-    return inject.Adapter(name, adapter.config, adapter.patches, source.modules)
+    return Adapter(name, adapter.config, adapter.patches, source.modules)
 
 
 def _check_rank(rank: float) -> None:
@@ -159,7 +160,7 @@ def _holder(model: nn.Cell) -> nn.Cell:
     )
 
 
-def _layers(base: nn.Cell, source: inject.Adapter) -> dict[str, TunerLayer]:
+def _layers(base: nn.Cell, source: Adapter) -> dict[str, TunerLayer]:
     """The layers to convert, by path.
 
     Raises:

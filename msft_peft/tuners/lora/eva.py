@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy, write
 from msft_peft.core import inject, switch
+from msft_peft.core.adapter import Adapter, adapter_in
 from msft_peft.core.patch import Patch
+from msft_peft.core.prepare import prepare
 from msft_peft.core.targets import match_pattern
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError, PeftWarning
@@ -315,11 +317,11 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
-    base, old = tuner.model, inject.adapter_in(tuner.model, adapter_name)
+    base, old = tuner.model, adapter_in(tuner.model, adapter_name)
     parts = {path: as_float32(to_numpy(value)) for path, value in eva_state_dict.items()}
     _check_fit(parts, old)
     in_half = any(p.dtype in HALF_DTYPES for p in _weights(old))
-    new = inject.prepare(base, _with_ranks(config, parts, old), adapter_name, autocast=not in_half)
+    new = prepare(base, _with_ranks(config, parts, old), adapter_name, autocast=not in_half)
     for path, patch in _layers(new).items():
         if path in parts:
             write(patch.lora_A, Tensor(parts[path], patch.lora_A.dtype))
@@ -346,12 +348,12 @@ def _settled(model: nn.Cell, config: LoraConfig | None, adapter_name: str) -> tu
     return tuner, base, config
 
 
-def _layers(adapter: inject.Adapter) -> dict[str, Patch]:
+def _layers(adapter: Adapter) -> dict[str, Patch]:
     """The Patches at its target layers, by HF's names; what else it has (trainable tokens) is no affair of EVA's."""
     return {adapter.patches[path].site.path: adapter.patches[path] for path in adapter.targets}
 
 
-def _weights(adapter: inject.Adapter) -> list[Any]:
+def _weights(adapter: Adapter) -> list[Any]:
     return [p for patch in adapter.patches.values() for p in patch.get_parameters()]
 
 
@@ -361,7 +363,7 @@ def _batches(dataloader: Any) -> Iterator[Any]:
     return rows(num_epochs=1) if callable(rows) else iter(dataloader)
 
 
-def _check_fit(parts: Mapping[str, np.ndarray], adapter: inject.Adapter) -> None:
+def _check_fit(parts: Mapping[str, np.ndarray], adapter: Adapter) -> None:
     dense = {path: patch.site for path, patch in _layers(adapter).items() if patch.site.kind == "dense"}
     unknown = sorted(parts.keys() - dense.keys())
     misshapen = [
@@ -386,7 +388,7 @@ def _check_fit(parts: Mapping[str, np.ndarray], adapter: inject.Adapter) -> None
         )
 
 
-def _with_ranks(config: LoraConfig, parts: Mapping[str, np.ndarray], adapter: inject.Adapter) -> LoraConfig:
+def _with_ranks(config: LoraConfig, parts: Mapping[str, np.ndarray], adapter: Adapter) -> LoraConfig:
     """The config with the ranks of these components; whole paths first, so that they win over patterns."""
     config = copy.deepcopy(config)
     ranks, alphas = {}, {}

@@ -8,21 +8,22 @@ from dataclasses import replace
 from mindspore import nn
 
 from msft_peft.config import TargetedConfig
-from msft_peft.core import inject
+from msft_peft.core.adapter import Adapter
+from msft_peft.core.prepare import prepare
 from msft_peft.hosts import hf_names
 
 
-def prepare_exactly(model: nn.Cell, config: TargetedConfig, name: str, paths: Set[str]) -> inject.Adapter:
-    """What `core.inject.prepare` makes of the config, but on exactly the layers at `paths`.
+def prepare_exactly(model: nn.Cell, config: TargetedConfig, name: str, paths: Set[str]) -> Adapter:
+    """What `core.prepare` makes of the config, but on exactly the layers at `paths`.
 
     If its targets mean other layers, they are replaced by a regex that spells the paths out. There are no warnings:
     all there is to say was said when the adapters were made from which this one is derived.
 
-    Raises: as `core.inject.prepare`.
+    Raises: as `core.prepare`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapter = inject.prepare(model, config, name)
+        adapter = prepare(model, config, name)
         if set(adapter.patches) == paths:
             return adapter
         exact = replace(
@@ -32,4 +33,4 @@ def prepare_exactly(model: nn.Cell, config: TargetedConfig, name: str, paths: Se
             layers_to_transform=None,
             layers_pattern=None,
         )
-        return inject.prepare(model, exact, name)
+        return prepare(model, exact, name)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from mindspore import nn
 
 from msft_peft.backend.tree import named_parameters
-from msft_peft.core.inject import configs_of, held_ids
+from msft_peft.core.adapter import configs_of, held_ids
 from msft_peft.core.layer import site_of
 from msft_peft.core.naming import named_as_in_hf
 from msft_peft.core.patch import Patch

@@ -11,8 +11,8 @@ from mindspore import Tensor, nn
 from msft_peft.backend.arrays import as_float32, to_numpy, write
 from msft_peft.backend.graphs import drop_compiled
 from msft_peft.config import PeftConfig
-from msft_peft.core import inject, switch
-from msft_peft.core.inject import Adapter
+from msft_peft.core import switch
+from msft_peft.core.adapter import Adapter, adapter_in, configs_of
 from msft_peft.core.keys import PREFIX
 from msft_peft.core.layer import TunerLayer, introduce
 from msft_peft.core.tuner import base_of
@@ -178,7 +178,7 @@ def _check_room(layer: TunerLayer, name: str, patch: LoraPatch, rank: int | None
 
 def _swap(model: nn.Cell, tensors: Tensors, name: str, config: PeftConfig) -> None:
     base = base_of(model)
-    adapter = inject.adapter_in(base, name)
+    adapter = adapter_in(base, name)
     check_hotswap_configs_compatible(adapter.config, config)
     assert isinstance(config, LoraConfig)
     _check_formula(adapter, config, base)
@@ -204,7 +204,7 @@ def _swap(model: nn.Cell, tensors: Tensors, name: str, config: PeftConfig) -> No
             vector = patch.lora_magnitude_vector
             write(vector, as_float32(to_numpy(patch.norm())).reshape(vector.shape))
     introduce(base)
-    base.peft_config = inject.configs_of(base) | {name: _config_of(adapter, config)}
+    base.peft_config = configs_of(base) | {name: _config_of(adapter, config)}
     if stale:
         drop_compiled()
 

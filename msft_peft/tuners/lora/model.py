@@ -10,7 +10,8 @@ from mindspore import Tensor
 
 from msft_peft.backend.arrays import as_float32, to_numpy, write
 from msft_peft.config import check_finite
-from msft_peft.core import inject, switch
+from msft_peft.core import switch
+from msft_peft.core.adapter import Adapter
 from msft_peft.core.patch import Patch
 from msft_peft.core.tuner import Tuner
 from msft_peft.core.weighted import parts_of, put_beside, union_of, whole_modules
@@ -164,7 +165,7 @@ class LoraModel(Tuner):
         held = [layer.held()[name] for layer in switch.layers_of(self.model) for name in names if name in layer.held()]
         return [patch for patch in held if isinstance(patch, kind)]
 
-    def _prepare_like(self, parts: list[inject.Adapter], name: str, rank: int, paths: set[str]) -> inject.Adapter:
+    def _prepare_like(self, parts: list[Adapter], name: str, rank: int, paths: set[str]) -> Adapter:
         """A fresh adapter of this rank on exactly these layers, with the first part's config for the rest."""
         heads = dict.fromkeys(head for part in parts for head in part.config.modules_to_save or [])  # type: ignore[attr-defined]
         first = parts[0].config
@@ -206,7 +207,7 @@ def _factors_of(patch: Patch) -> tuple[str, str]:
     )
 
 
-def _check_places(parts: Sequence[inject.Adapter]) -> None:
+def _check_places(parts: Sequence[Adapter]) -> None:
     for part in parts:
         if not isinstance(part.config, LoraConfig):
             raise ConfigError(
@@ -250,7 +251,7 @@ def _check_settings(
         )
 
 
-def _rank(parts: Sequence[inject.Adapter], combination_type: str, svd_rank: int | None) -> int:
+def _rank(parts: Sequence[Adapter], combination_type: str, svd_rank: int | None) -> int:
     """The new adapter's rank: of each part, its largest counts.
 
     Raises:
@@ -276,7 +277,7 @@ def _unequal(ranks: Mapping[str, int], where: str = "") -> str:
 
 
 def _sources(
-    parts: Sequence[inject.Adapter], weights: Sequence[float], combination_type: str
+    parts: Sequence[Adapter], weights: Sequence[float], combination_type: str
 ) -> dict[str, list[tuple[LowRank, float]]]:
     """What each layer's new update is made of: (update, weight) pairs, by path.
 

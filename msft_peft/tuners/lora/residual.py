@@ -13,7 +13,7 @@ from msft_peft.backend import arguments
 from msft_peft.backend.arrays import as_float32, to_numpy
 from msft_peft.backend.tree import Named
 from msft_peft.config import PeftConfig
-from msft_peft.core.inject import Adapter
+from msft_peft.core.adapter import Adapter
 from msft_peft.errors import ConfigError, LoadError
 from msft_peft.io.adapter import PREFIX, Tensors, read_tensors
 from msft_peft.tuners.lora.config import LoraConfig
