@@ -156,6 +156,10 @@ from msft_peft.tuners.ia3 import (
     IA3Config,
     IA3Model,
 )
+from msft_peft.tuners.lily import (
+    LilyConfig,
+    LilyModel,
+)
 from msft_peft.tuners.ln_tuning import (
     LNTuningConfig,
     LNTuningModel,
@@ -228,9 +232,17 @@ from msft_peft.tuners.shira import (
     ShiraConfig,
     ShiraModel,
 )
+from msft_peft.tuners.tinylora import (
+    TinyLoraConfig,
+    TinyLoraModel,
+)
 from msft_peft.tuners.trainable_tokens import (
     TrainableTokensConfig,
     TrainableTokensModel,
+)
+from msft_peft.tuners.unilora import (
+    UniLoraConfig,
+    UniLoraModel,
 )
 from msft_peft.tuners.vblora import (
     VBLoRAConfig,
@@ -317,6 +329,8 @@ __all__ = [
     "KasaConfig",
     "LNTuningConfig",
     "LNTuningModel",
+    "LilyConfig",
+    "LilyModel",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",
@@ -372,11 +386,15 @@ __all__ = [
     "ShiraConfig",
     "ShiraModel",
     "TaskType",
+    "TinyLoraConfig",
+    "TinyLoraModel",
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "Tuner",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "UniLoraConfig",
+    "UniLoraModel",
     "VBLoRAConfig",
     "VBLoRAModel",
     "VeloraConfig",

@@ -53,7 +53,7 @@ class Weights(nn.Cell):
         Args:
             key: its key below the layer's path.
             shape: in torch's layout.
-            init: how to draw it, or its values.
+            init: how to draw it, or its values; integers keep their dtype.
             attribute: the attribute that holds it; by default named after the key, lora_A or lora_B_bias.
             fixed: it is never trained.
             saved: files hold it.
@@ -65,7 +65,8 @@ class Weights(nn.Cell):
         if not saved:
             self.unsaved.add(attribute)
         if isinstance(init, np.ndarray):
-            values = Tensor(init, self.dtype)
+            # Whole numbers are places in something, and stay what they are.
+            values = Tensor(init) if init.dtype.kind == "i" else Tensor(init, self.dtype)
         elif self.undrawn:
             # Not a number, so that weights which were never loaded cannot go unnoticed.
             values = Tensor(np.full(shape, np.nan, np.float32), self.dtype)
@@ -140,6 +141,7 @@ class Patch(Weights):
         alone: where it is `residual`: it goes with no other adapter, and a warning says so.
         auxiliary: it is no update of a target layer, but something beside those.
         reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
+        mingles: what becomes of a row depends on the rows beside it, so that `served` is asked, additive or not.
         reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are asked only where the
             layer also serves another method, or other rows of a batch.
         replaces: while it acts alone, `instead` is asked for the layer's output, and the base layer is not run.
@@ -155,6 +157,7 @@ class Patch(Weights):
     auxiliary = False
     reads_base = False
     rides = False
+    mingles = False
     reweighs = False
     replaces = False
     turned = False
@@ -247,7 +250,7 @@ class Patch(Weights):
         raise NotImplementedError
 
     def served(self, rows: Tensor, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
-        """y, with `after(x, base)` in its place where `rows` says so. Only additive methods are asked.
+        """y, with `after(x, base)` in its place where `rows` says so; asked of additive methods, and those that mingle.
 
         Args:
             rows: (B, 1, ...) or (B, T, 1), bool.
@@ -320,4 +323,4 @@ def place_of(key: str) -> tuple[str, str]:
     "lora_A.weight" -> ("lora_A", "weight"), but "lora_embedding_A" -> ("lora_embedding_A", "").
     """
     stem, _, leaf = key.rpartition(".")
-    return (stem, leaf) if stem and leaf in _OWN else (key, "")
+    return (stem, leaf) if stem and (leaf in _OWN or leaf.isdigit()) else (key, "")
