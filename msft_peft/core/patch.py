@@ -250,7 +250,7 @@ class Patch(Weights):
         raise NotImplementedError
 
     def served(self, rows: Tensor, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
-        """y, with `after(x, base)` in its place where `rows` says so; asked of additive methods, and those that mingle.
+        """y, with `after(x, base)` in its place where `rows` says so; for additive methods, and those that mingle.
 
         Args:
             rows: (B, 1, ...) or (B, T, 1), bool.

@@ -1,7 +1,8 @@
 """Llama-3.2-3B, whole but for the numbers in it: what HF's benchmark says that each method trains and saves there.
 
 The figures are those of HF peft's `method_comparison` (MetaMathQA): exact numbers of trained parameters, and sizes of
-`adapter_model.safetensors` in MiB, to a tenth; but for those of AdaLoRA, RandLoRA and Lily, which are our own, and say why.
+`adapter_model.safetensors` in MiB, to a tenth; but for those of AdaLoRA, RandLoRA and Lily, which are our own, and
+say why.
 """
 
 from pathlib import Path
