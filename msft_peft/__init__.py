@@ -170,6 +170,10 @@ from msft_peft.tuners.ia3 import (
     IA3Config,
     IA3Model,
 )
+from msft_peft.tuners.lily import (
+    LilyConfig,
+    LilyModel,
+)
 from msft_peft.tuners.ln_tuning import (
     LNTuningConfig,
     LNTuningModel,
@@ -250,9 +254,17 @@ from msft_peft.tuners.supertuning import (
     SupertuningConfig,
     SupertuningModel,
 )
+from msft_peft.tuners.tinylora import (
+    TinyLoraConfig,
+    TinyLoraModel,
+)
 from msft_peft.tuners.trainable_tokens import (
     TrainableTokensConfig,
     TrainableTokensModel,
+)
+from msft_peft.tuners.unilora import (
+    UniLoraConfig,
+    UniLoraModel,
 )
 from msft_peft.tuners.vblora import (
     VBLoRAConfig,
@@ -347,6 +359,8 @@ __all__ = [
     "KasaConfig",
     "LNTuningConfig",
     "LNTuningModel",
+    "LilyConfig",
+    "LilyModel",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",
@@ -406,11 +420,15 @@ __all__ = [
     "SupertuningConfig",
     "SupertuningModel",
     "TaskType",
+    "TinyLoraConfig",
+    "TinyLoraModel",
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "Tuner",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "UniLoraConfig",
+    "UniLoraModel",
     "VBLoRAConfig",
     "VBLoRAModel",
     "VeloraConfig",

@@ -29,12 +29,9 @@ CONFIG_NAME = "adapter_config.json"
 NOT_BUILT = {
     "ADAMSS": "Adamss",
     "FROD": "Frod",
-    "LILY": "Lily",
     "OSF": "OSF",
     "PSOFT": "Psoft",
     "SHADOW": "Shadow",
-    "TINYLORA": "TinyLora",
-    "UNILORA": "UniLora",
     "WAVEFT": "WaveFT",
     "XLORA": "XLora",
 }

@@ -24,8 +24,9 @@ TOLERANCES = {
     ("float32", "workers"): (2e-4, 0.0),
     # Computed in float16, on weights of float32.
     ("float32", "half"): (1e-2, 1e-2),
-    # Places, as SHiRA has them.
+    # Places, as SHiRA and Uni-LoRA have them.
     ("int32", "exact"): (0.0, 0.0),
+    ("int64", "exact"): (0.0, 0.0),
     # What counts as a difference, where two results must differ.
     ("float32", "differ"): (1e-3, 0.0),
     ("float16", "differ"): (2e-2, 0.0),

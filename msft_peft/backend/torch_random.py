@@ -30,6 +30,7 @@ class TorchGenerator:
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"a seed must be an integer in [-2**63, 2**64), got {seed!r}")
         self._twister = np.random.RandomState(seed % 2**32)
+        self._spare: float | None = None
 
     def _bits(self, count: int) -> np.ndarray:
         """(count,): 32 random bits each."""
@@ -54,6 +55,39 @@ class TorchGenerator:
         # What rounding brought to the open end goes to the other.
         return np.where(drawn == end, begin, drawn).reshape(shape)
 
+    def normal(self, shape: tuple[int, ...], std: float = 1.0) -> np.ndarray:
+        """`torch.normal(0, std)`, float32, to about the last bit: torch's vectorised logarithm and cosine are its own.
+
+        Fewer than 16 numbers are drawn one by one there, from other bits.
+        """
+        count = math.prod(shape)
+        if count < 16:
+            drawn = np.array([self._one_normal() for _ in range(count)], np.float64) * std
+            return drawn.astype(np.float32).reshape(shape)
+        units = self.uniform((count,))
+        filled = np.empty(count, np.float32)
+        whole = count - count % 16
+        filled[:whole] = _box_muller(units[:whole], std)
+        if whole < count:
+            # The last 16 once more, from new bits.
+            filled[-16:] = _box_muller(self.uniform((16,)), std)
+        return filled.reshape(shape)
+
+    def _one_normal(self) -> float:
+        """One number from N(0, 1); every second one is left over from the draw before."""
+        if self._spare is not None:
+            spare, self._spare = self._spare, None
+            return spare
+        first, second = self._double(), self._double()
+        radius, angle = math.sqrt(-2.0 * math.log1p(-second)), 2.0 * math.pi * first
+        self._spare = radius * math.sin(angle)
+        return radius * math.cos(angle)
+
+    def _double(self) -> float:
+        """In [0, 1), of 53 random bits."""
+        high, low = (int(bits) for bits in self._bits(2))
+        return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
+
     def permutation(self, length: int, count: int | None = None) -> np.ndarray:
         """`torch.randperm(length)[:count]`, int64, in time and memory that go with `count`.
 
@@ -76,6 +110,13 @@ class TorchGenerator:
             if j != i:
                 moved[j] = here
         return picked
+
+
+def _box_muller(units: np.ndarray, std: float) -> np.ndarray:
+    """Normal numbers from numbers in [0, 1), by eights: of each 16 the first half gives lengths, the second angles."""
+    lengths, angles = np.moveaxis(units.reshape(-1, 2, 8).astype(np.float64), 1, 0)
+    radius, angle = np.sqrt(-2.0 * np.log(1.0 - lengths)), 2.0 * math.pi * angles
+    return (np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1) * std).astype(np.float32).ravel()
 
 
 def rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -67,14 +67,19 @@ class Adapter:
             return self.entries(model)
         return self._tensors(model, self.prompt.own())
 
-    def _tensors(self, model: nn.Cell, prompt: dict[str, Named]) -> dict[str, Named]:
+    def accepted(self, model: nn.Cell) -> dict[str, Named]:
+        """`needed`, and the keys of layers that share a weight with one before them: HF's files hold it again."""
+        return self._tensors(model, {}, copies=True) if self.prompt is None else self.needed(model)
+
+    def _tensors(self, model: nn.Cell, prompt: dict[str, Named], copies: bool = False) -> dict[str, Named]:
         place = f"prompt_encoder.{self.name}"
         found = {key: named._replace(local=f"{place}.{named.local}") for key, named in prompt.items()}
-        hf_name = hf_names(model)
+        hf_name, seen = hf_names(model), set()
         for path, patch in self.patches.items():
             for holder, attribute, suffix in patch.placed():
-                if attribute in holder.unsaved:
+                if attribute in holder.unsaved or (id(getattr(holder, attribute)) in seen and not copies):
                     continue
+                seen.add(id(getattr(holder, attribute)))
                 p, (place, rest) = getattr(holder, attribute), place_of(suffix)
                 local = ".".join(part for part in (path, place, self.name, rest) if part)
                 key = f"{hf_name(path)}.{suffix}" if holder is patch else BESIDE + suffix

@@ -100,7 +100,11 @@ class TunerLayer(Wrapper):
             rows = self.routing.serves(name, base)
             if patch.invocation is not None:
                 rows = ops.logical_and(rows, self.routing.invoked(base))
-            y = patch.served(rows, x, base, y) if patch.additive else ops.where(rows, self._alone(name, x), y)
+            y = (
+                patch.served(rows, x, base, y)
+                if patch.additive or patch.mingles
+                else ops.where(rows, self._alone(name, x), y)
+            )
         return self._finished(y, base.dtype)
 
     def _batched(self, x: Tensor, y: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ class Patch(Weights):
         alone: where it is `residual`: it goes with no other adapter, and a warning says so.
         auxiliary: it is no update of a target layer, but something beside those.
         reads_base: its hooks measure the base weight, so that it cannot be merged on top of what is merged already.
+        mingles: what becomes of a row depends on the rows beside it, so that `served` is asked, additive or not.
         reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are asked only where the
             layer also serves another method, or other rows of a batch.
         replaces: while it acts alone, `instead` is asked for the layer's output, and the base layer is not run.
@@ -158,6 +159,7 @@ class Patch(Weights):
     auxiliary = False
     reads_base = False
     rides = False
+    mingles = False
     reweighs = False
     replaces = False
     turned = False
@@ -250,7 +252,7 @@ class Patch(Weights):
         raise NotImplementedError
 
     def served(self, rows: Tensor, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
-        """y, with `after(x, base)` in its place where `rows` says so. Only additive methods are asked.
+        """y, with `after(x, base)` in its place where `rows` says so; for additive methods, and those that mingle.
 
         Args:
             rows: (B, 1, ...) or (B, T, 1), bool.
@@ -327,7 +329,7 @@ def place_of(key: str) -> tuple[str, str]:
     each adapter has its own: "peanut_encoders.0.weight" -> ("peanut_encoders", "0.weight").
     """
     stem, _, leaf = key.rpartition(".")
-    if not stem or leaf not in _OWN:
+    if not stem or not (leaf in _OWN or leaf.isdigit()):
         return key, ""
     outer, _, number = stem.rpartition(".")
     return (outer, f"{number}.{leaf}") if number.isdigit() else (stem, leaf)

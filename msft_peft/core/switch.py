@@ -168,19 +168,25 @@ def rescale_adapter_scale(model: nn.Cell, multiplier: float) -> Iterator[None]:
 def cast_adapter_dtype(model: nn.Cell, adapter_name: str) -> None:
     """Give an adapter's half-precision weights float32; see `msft_peft.functional.cast_adapter_dtype`."""
     (name,) = require(model, arguments.adapter_name(adapter_name))
+    made: dict[int, Parameter] = {}
     for layer in layers_of(model):
         if name in layer.held() and layer.held()[name].dtype in HALF_DTYPES:
-            _to_float32(layer, name)
+            _to_float32(layer, name, made)
     drop_compiled()
 
 
-def _to_float32(layer: TunerLayer, name: str) -> None:
-    """New Parameters in the place of an adapter's weights here: a Parameter cannot change its dtype."""
+def _to_float32(layer: TunerLayer, name: str, made: dict[int, Parameter]) -> None:
+    """New Parameters in the place of an adapter's weights here: a Parameter cannot change its dtype.
+
+    `made` has those that took the place of others, by the `id` of these: layers may share them.
+    """
     patch = layer.adapters[name]
     for holder, attribute, _ in patch.placed():
         old = getattr(holder, attribute)
         if old.dtype not in HALF_DTYPES:
             continue
-        new = Parameter(Tensor(as_float32(to_numpy(old))), name=old.name, requires_grad=old.requires_grad)
-        layer.replace_weight(name, attribute, new, shared=holder is not patch)
+        if id(old) not in made:
+            new = Parameter(Tensor(as_float32(to_numpy(old))), name=old.name, requires_grad=old.requires_grad)
+            made[id(old)] = new
+        layer.replace_weight(name, attribute, made[id(old)], shared=holder is not patch)
     patch.dtype = ms.float32

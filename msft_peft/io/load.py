@@ -123,7 +123,7 @@ def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
         LoadError: two tensors have the same key, or a weight cannot have the values that it is given.
     """
     prefix = adapter.prefix
-    entries = {in_file(prefix, key): named for key, named in adapter.needed(model).items()}
+    entries = {in_file(prefix, key): named for key, named in adapter.accepted(model).items()}
     # A file may also carry the base model's embeddings, see `embeddings_of`.
     carried = {prefix + key: named for key, named in embeddings_of(model, adapter).items()}
     arrays = by_key(tensors, adapter, model)
@@ -135,6 +135,7 @@ def fit(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> Fit:
             pairs.append((entries[key], arrays[key]))
         else:
             mismatched.append(f"{key}: the file has shape {found}, the model {wanted}")
+    _check_copies(pairs, str(tensors.origin))
     _check_values(pairs, adapter, str(tensors.origin))
     # A tied parameter has several keys, of which one is enough.
     given = {id(entries[key].parameter) for key in entries.keys() & arrays.keys()}
@@ -173,6 +174,17 @@ def check_rows(fitted: Fit, adapter: Adapter, saved: np.ndarray | None) -> None:
             f"{fitted.report.origin} has other virtual tokens than the network in prompt_encoder.safetensors makes: "
             "the files are not of one adapter. Load it with is_trainable=False, or delete the latter."
         )
+
+
+def _check_copies(pairs: Iterable[tuple[Named, np.ndarray]], origin: str) -> None:
+    first: dict[int, tuple[Named, np.ndarray]] = {}
+    for named, array in pairs:
+        other, values = first.setdefault(id(named.parameter), (named, array))
+        if not np.array_equal(values, array, equal_nan=values.dtype.kind == "f"):
+            raise LoadError(
+                f"{origin}: {named.key} is another tensor than {other.key}, which is the same weight: their layers "
+                "share it. Nothing was changed. The file is damaged."
+            )
 
 
 def _check_values(pairs: Iterable[tuple[Named, np.ndarray]], adapter: Adapter, origin: str) -> None:
@@ -254,11 +266,11 @@ def by_key(tensors: Tensors, adapter: Adapter, model: nn.Cell) -> dict[str, np.n
         LoadError: two tensors have the same key.
     """
     prefix = adapter.prefix
-    entries = {in_file(prefix, key): named for key, named in adapter.needed(model).items()}
+    entries = {in_file(prefix, key): named for key, named in adapter.accepted(model).items()}
     entries |= {prefix + key: named for key, named in embeddings_of(model, adapter).items()}
     known: dict[str, str] = {}
     for name in {"default", adapter.name, tensors.adapter or adapter.name}:
-        for key, named in replace(adapter, name=name).needed(model).items():
+        for key, named in replace(adapter, name=name).accepted(model).items():
             known |= dict.fromkeys((named.local, prefix + named.local), in_file(prefix, key))
         known |= {f"prompt_encoder.{name}.prompt_embeddings": "prompt_embeddings"}
     known |= {key.removeprefix(PREFIX): key for key in entries} | {key: key for key in entries}

@@ -1,7 +1,8 @@
 """Llama-3.2-3B, whole but for the numbers in it: what HF's benchmark says that each method trains and saves there.
 
 The figures are those of HF peft's `method_comparison` (MetaMathQA): exact numbers of trained parameters, and sizes of
-`adapter_model.safetensors` in MiB, to a tenth; but for the last three sizes, which are our own, and say why.
+`adapter_model.safetensors` in MiB, to a tenth; but for those of AdaLoRA, RandLoRA and Lily, which are our own, and
+say why.
 """
 
 from pathlib import Path
@@ -46,6 +47,10 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], int, float]] = [
     ("vera-default", "VeraConfig", QV, 129_024, 6.5),
     ("pvera-default", "PveraConfig", QV, 143_360, 9.6),
     ("pvera-rank64", "PveraConfig", QV | {"r": 64}, 121_856, 2.7),
+    ("unilora-default", "UniLoraConfig", QV, 256, 0.0),
+    # HF's files of Lily, 796.4 and 1372.4 MiB, hold each factor at all of the layers that share it.
+    ("lily-rank140-mlp", "LilyConfig", MLP | {"r": 140, "stride_A": 14, "scaling": 8.0}, 9_485_280, 36.2),
+    ("lily-rank896", "LilyConfig", QV | {"r": 896, "stride_A": 14, "scaling": 2.0}, 18_450_432, 70.4),
     ("vblora-default", "VBLoRAConfig", QV, 1_212_416, 4.6),
     ("beft-target-v_proj", "BeftConfig", {"target_modules": ["v_proj"]}, 28_672, 0.1),
     ("peanut-rank32", "PeanutConfig", QV | {"scaling": 2.0}, 7_340_032, 28.0),

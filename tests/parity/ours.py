@@ -115,9 +115,16 @@ def tensors_of(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], bytes]
 
 
 def without_copies(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The tensors but for those that HF's RandLoRA writes at each layer again, as they stand beside the base model."""
-    found = {}
-    for key, tensor in tensors.items():
+    """The tensors but for those that HF writes again.
+
+    RandLoRA's are at each layer as they stand beside the base model; of Lily's equal ones the first is left.
+    """
+    found, factors = {}, []
+    for key, tensor in sorted(tensors.items()):
+        factor = (key.rpartition("lily_")[2], tensor)
+        if "lily_" in key and factor in factors:
+            continue
+        factors.append(factor)
         shared = f"base_model.{key.rpartition('.')[2]}"
         if key == shared or shared not in tensors:
             found[key] = tensor

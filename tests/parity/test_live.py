@@ -30,6 +30,8 @@ def hf_load(the_case: Case, weights, folder, **options) -> HfPeftModel:
         warnings.filterwarnings("ignore", message="Specified to not (save|load)")
         # Our files have RandLoRA's random matrices once, and HF's at each layer again.
         warnings.filterwarnings("ignore", message=r"Found missing adapter keys .*: \['[^']+\.randlora_[AB]\.default'")
+        # And Lily's factors at the first of the layers that share them.
+        warnings.filterwarnings("ignore", message=r"Found missing adapter keys .*: \['[^']+\.lily_[AB]\.default")
         warnings.filterwarnings("ignore", message="Failed to load the CUDA|Setting boft_n_butterfly_factor to 1")
         module = theirs.build(the_case.net, weights)
         return HfPeftModel.from_pretrained(module, folder, is_trainable=True, **options).eval()

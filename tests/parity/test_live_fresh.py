@@ -65,6 +65,9 @@ FRESH = [
     *each("Vera", 0.5, field="d_initial", r=12),
     *each("Pvera", True, False, r=96),
     *each("Pvera", 0.5, field="d_initial", r=12),
+    *each("UniLora", True, False, kinds=("dense", "tall"), theta_d_length=600),
+    *each("UniLora", 0.5, field="init_theta_d_bound", save_indices=True, theta_d_length=60),
+    *each("Lily", True, False, kinds=("dense", "tall"), r=24, stride_A=2),
     *each("AdaLora", True, kinds=("conv2d",), field="init_lora_weights", init_r=96, total_step=9),
     *each("AdaLora", True, False, field="init_lora_weights", init_r=96, total_step=9),
     *each("Shira", True, False, r=4, random_seed=1),
@@ -107,7 +110,10 @@ def theirs(case: Fresh) -> dict[str, np.ndarray]:
     for p in model.parameters():
         p.data.fill_(0.5)
     model = peft.get_peft_model(model, case.config(peft))
-    found = by_weight({key: p.numpy().copy() for key, p in peft.get_peft_model_state_dict(model).items()})
+    tensors = peft.get_peft_model_state_dict(model)
+    # So are Lily's factors, at each layer that shares them.
+    own = {p.data_ptr(): key for key, p in reversed(tensors.items()) if "lily_" in key}
+    found = by_weight({k: p.numpy().copy() for k, p in tensors.items() if own.get(p.data_ptr(), k) == k})
     # RandLoRA's random matrices are at each layer again.
     return {key: value for key, value in found.items() if f"base_model.{key}" not in found}
 
@@ -171,6 +177,8 @@ OF_INPUTS = [
     Fresh("Vera", {"r": 4, "vera_dropout": SHARE, "init_weights": False}),
     Fresh("RandLora", {"r": 48, "randlora_dropout": SHARE, "init_weights": False}),
     Fresh("VBLoRA", {"vblora_dropout": SHARE, "num_vectors": 40, "vector_length": 16, "init_vector_bank_bound": 1.0}),
+    Fresh("UniLora", {"unilora_dropout": SHARE, "init_weights": False}),
+    Fresh("TinyLora", {"tinylora_dropout": SHARE, "init_weights": "uniform", "init_v_bound": 1.0}),
     Fresh("AdaLora", {"lora_dropout": SHARE, "init_lora_weights": False, "total_step": 9}),
     Fresh("Delora", {"r": 4, "module_dropout": SHARE, "init_weights": False}),
 ]

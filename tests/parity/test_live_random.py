@@ -41,6 +41,18 @@ def test_uniform_in_bfloat16(low, high):
     np.testing.assert_array_equal(found, theirs.float().numpy())
 
 
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (16,), (4, 5, 2), (1000, 3, 7)])
+def test_normal(shape):
+    """Fewer than 16 exactly; more to what torch's own logarithm and cosine leave."""
+    theirs, ours = torch_generator(3), TorchGenerator(3)
+    for std in (1.0, 0.6):
+        wanted = torch.normal(mean=0.0, std=std, size=shape, generator=theirs).numpy()
+        found = ours.normal(shape, std)
+        assert (found.dtype, found.shape) == (np.float32, shape)
+        np.testing.assert_allclose(found, wanted, atol=0 if found.size < 16 else 1.5e-6)
+    np.testing.assert_array_equal(ours.uniform((3,)), torch.rand(3, generator=theirs).numpy())
+
+
 @pytest.mark.parametrize(
     ("length", "count"), [(0, None), (1, None), (2, 1), (2, 2), (1000, 17), (1000, 1000), (99, 200)]
 )

@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from msft_peft import PeftModel, PveraConfig, RandLoraConfig, VeraConfig, get_peft_model
+from msft_peft import PeftModel, PveraConfig, RandLoraConfig, TinyLoraConfig, VeraConfig, get_peft_model
 from tests.cases import layers_of
 
 from . import ours, theirs
@@ -88,3 +88,18 @@ def test_randlora_s_bases_are_torch_s(net, settings):
     shared = next(layer.adapters["default"].shared for layer in layers_of(mine))
     for name in ("randlora_A", "randlora_B"):
         np.testing.assert_array_equal(getattr(shared, name).asnumpy(), getattr(hf.base_model, name)["default"].numpy())
+
+
+@pytest.mark.parametrize("tying", [0.0, 0.5])
+def test_tinylora_s_frozen_factors_are_hf_s(tying):
+    """Of each singular vector either sign is right, and a mixture of some may be fine too: B·P·A counts."""
+    settings = {"r": 3, "u": 6, "target_modules": ["lin0", "lin1", "out"], "weight_tying": tying}
+    weights, _, _ = theirs.data(other("TinyLora", "bits", "mlp", "lin0"), 1)
+    hf = peft.get_peft_model(theirs.build("mlp", weights), peft.TinyLoraConfig(**settings))
+    mine = get_peft_model(ours.build("mlp", weights), TinyLoraConfig(**settings))
+    for name in ("lin0", "lin1", "out"):
+        layer, patch = getattr(hf.base_model.model, name), getattr(mine.base_model.model, name).adapters["default"]
+        a, b, p = (getattr(layer, f"tinylora_{which}")["default"].numpy() for which in "ABP")
+        np.testing.assert_allclose(np.abs(patch.tinylora_A.asnumpy()), np.abs(a), atol=2e-5)
+        np.testing.assert_allclose(patch.tinylora_B.asnumpy() @ patch.tinylora_A.asnumpy(), b @ a, atol=2e-5)
+        np.testing.assert_allclose(patch.tinylora_P.asnumpy(), p, atol=1.5e-6)
