@@ -45,7 +45,7 @@ def test_it_draws_in_evaluation_where_that_is_asked_for(mode):
     assert_same(merged, pvera(False)(X))
 
 
-@pytest.mark.parametrize("seed", [0, 7, -3, 2**63])
+@pytest.mark.parametrize("seed", [-3, 2**63])
 def test_a_seed_makes_the_draws_repeat(mode, seed):
     passes = drawn(pvera(generator_seed=seed))
     assert differ(passes[0], passes[1])
