@@ -146,6 +146,8 @@ class Patch(Weights):
         mingles: what becomes of a row depends on the rows beside it, so that `served` is asked, additive or not.
         reweighs: the layer applies what `merged` makes of its weight; `before` and `after` are asked only where the
             layer also serves another method, or other rows of a batch.
+        builds_delta: `delta_weight` takes little beside a product with it, and nothing else is done to the input: it
+            `reweighs` where the layer is of its own dtype, so that there is one product of the layer's size, not two.
         replaces: while it acts alone, `instead` is asked for the layer's output, and the base layer is not run.
         turned: its weights are transposed in files.
         rides: its layer's weight is tied to that of another layer, where a Patch of the same adapter merges for both.
@@ -161,6 +163,7 @@ class Patch(Weights):
     rides = False
     mingles = False
     reweighs = False
+    builds_delta = False
     replaces = False
     turned = False
     leads = False
@@ -182,6 +185,7 @@ class Patch(Weights):
         super().__init__(site, autocast, low_cpu_mem_usage)
         self.site, self.op, self.shared = site, site.op, shared
         self.setup(site, config)
+        self.reweighs = self.reweighs or (self.builds_delta and self.dtype == site.dtype)
 
     def setup(self, site: Site, config: Any) -> None:
         """Declare the weights, and keep what the formula needs of `config`."""

@@ -68,6 +68,8 @@ class C3APatch(Patch):
     complex products on CPU, so that the blocks are laid out, by one gather.
     """
 
+    builds_delta = True
+
     def setup(self, site: Site, config: C3AConfig) -> None:
         out, inputs = site.shape
         self.block_size = b = match_pattern(config.block_size_pattern, site.path, config.block_size)

@@ -69,6 +69,8 @@ class FourierFTPatch(Patch):
         fourierft_spectrum (n,): N(0, 1), or zeros with `init_weights`.
     """
 
+    builds_delta = True
+
     def setup(self, site: Site, config: FourierFTConfig) -> None:
         n, size = match_pattern(config.n_frequency_pattern or {}, site.path, config.n_frequency), math.prod(site.shape)
         if n > size:

@@ -69,6 +69,7 @@ class HiraPatch(Patch):
         init_b = "zeros" if config.init_weights else Normal(1.0)
         self.hira_B = self.weight("hira_B", (out, r, *(1 for _ in kernel)), init_b)
         self.dropout = nn.Dropout(p=config.hira_dropout) if config.hira_dropout else nn.Identity()
+        self.builds_delta = not config.hira_dropout
 
     def factor(self) -> Tensor:
         """B·A in the shape of the weight."""

@@ -63,6 +63,7 @@ class LycorisPatch(Patch):
         self.scale = Scale(match_pattern(config.alpha_pattern, site.path, config.alpha) / self.r)
         self.rank_drop = nn.Dropout(p=config.rank_dropout) if config.rank_dropout else None
         self.module_drop = nn.Dropout(p=config.module_dropout) if config.module_dropout else None
+        self.builds_delta = not (config.rank_dropout or config.module_dropout)
         kernel = site.shape[2:]
         # Kernels of size one have nothing to factor.
         self.by_itself = config.use_effective_conv2d and any(size != 1 for size in kernel)

@@ -164,7 +164,10 @@ def act_in_turn(model: nn.Cell) -> bool:
     if not all(METHODS[str(config.peft_type)].merges for config in model.peft_config.values()):
         return True
     patches = [patch for layer in layers_of(model) for patch in layer.adapters.values()]
-    return any(patch.reads_base or patch.reweighs or type(patch).before is not Patch.before for patch in patches)
+    return any(
+        patch.reads_base or (patch.reweighs and not patch.additive) or type(patch).before is not Patch.before
+        for patch in patches
+    )
 
 
 def state_of(net: nn.Cell) -> dict[str, Any]:
