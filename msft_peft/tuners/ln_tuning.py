@@ -47,12 +47,18 @@ class LNTuningPatch(Patch):
     def setup(self, site: Site, config: LNTuningConfig) -> None:
         self.dtype = site.dtype
         self.casts_input = site.kind != "embedding"
+        # A copy of HF's layer, and its `Conv1D` stores (in, out).
+        self.turned = site.transposed if site.fan_in_fan_out is None else site.fan_in_fan_out
         own = as_float32(to_numpy(site.from_storage(site.weight)))
         self.ln_weight = self.weight("ln_tuning_layers.weight", site.shape, own, attribute="ln_weight")
         self.biased = site.bias is not None
         if site.bias is not None:
             bias = as_float32(to_numpy(site.bias))
             self.ln_bias = self.weight("ln_tuning_layers.bias", bias.shape, bias, attribute="ln_bias")
+
+    def shape_of(self, attribute: str) -> tuple[int, ...]:
+        shape = super().shape_of(attribute)
+        return shape[::-1] if self.turned else shape
 
     def merged(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # In this order: w is the base weight where nothing else is active, and the difference an exact zero.

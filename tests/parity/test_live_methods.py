@@ -4,13 +4,22 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
 from peft.tuners.loha import layer as hf_loha
 from transformers.activations import ACT2FN
 
-from msft_peft import DeftConfig, HiraConfig, OFTConfig, PeanutConfig, PeftModel, get_peft_model
+from msft_peft import (
+    DeftConfig,
+    HiraConfig,
+    OFTConfig,
+    PeanutConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 
 from . import ours, theirs
-from .cases import other, same, same_dicts
+from .cases import compare, other, same, same_dicts
 
 EFFECTIVE = other("LoHa", "effective", "conv2d", "conv0", r=2, use_effective_conv2d=True)
 
@@ -159,3 +168,60 @@ def test_super_tuning_finds_the_places_of_hf(settings, tmp_path):
     again = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path / "ours").eval()
     with torch.no_grad():
         same("output", theirs.forward(again, x).numpy(), expected)
+
+
+def both_ways(case, tmp_path):
+    """What HF makes of its own adapter, and of ours; what we make of its."""
+    weights, x, target, hf = theirs.write(case, tmp_path / "theirs", 2)
+    compare(ours.record(ours.load(case, weights, tmp_path / "theirs"), x, target), hf)
+    mine = ours.create(case, weights, 2)
+    mine.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(theirs.build(case.net, weights), tmp_path / "ours", is_trainable=True)
+    compare(ours.record(mine, x, target), theirs.record(again.eval(), x, target))
+
+
+def test_ln_tuning_of_conv1d_has_hf_s_files(tmp_path):
+    """A copy of the layer, which stores (in, out); here its weight has torch's layout."""
+    case = other("LNTuning", "hf_conv1d", "gpt2", "c_attn", "c_proj")
+    weights, x, _, hf = theirs.write(case, tmp_path / "theirs", 2)
+    mine = ours.load(case, weights, tmp_path / "theirs")
+    same("output", mine(ours.ms.Tensor(x)).asnumpy(), hf.output)
+    mine.save_pretrained(tmp_path / "ours")
+    files = [ours.arrays_of(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    same_dicts("weight", *files)
+    same_dicts("weight", ours.weights_of(mine.merge_and_unload()), hf.merged)
+
+
+def test_vblora_with_one_vector_each(tmp_path):
+    """Its logits have no gradient. Those of later adapters are right all the same, see `VBLoRAPatch.mixed`."""
+    settings = {"r": 2, "num_vectors": 5, "vector_length": 2}
+    both_ways(other("VBLoRA", "one", "mlp", "lin0", "lin1", topk=1, **settings), tmp_path / "one")
+    both_ways(other("VBLoRA", "two", "mlp", "lin0", "lin1", topk=2, **settings), tmp_path / "two")
+
+
+def test_trained_tokens_of_a_head_with_a_bias():
+    """HF's layer loses its bias."""
+    case = other("TrainableTokens", "bias", "mlp", "out", token_indices=[2, 0])
+    weights, x, _ = theirs.data(case, 1)
+    base = theirs.build(case.net, weights)
+    plain = base(torch.tensor(x)).detach().numpy()
+    fresh = theirs.forward(peft.get_peft_model(base, peft.TrainableTokensConfig(**case.config)), x).detach().numpy()
+    same("output", fresh, plain - weights["out.bias"])
+    mine = get_peft_model(ours.build(case.net, weights), TrainableTokensConfig(**case.config)).set_train(False)
+    same("output", mine(ours.ms.Tensor(x)).asnumpy(), plain)
+
+
+def test_the_gradient_before_c3a_is_its_transpose_s():
+    """HF's backward pass takes another product wherever blocks are larger than two."""
+    torch.manual_seed(0)
+    for block, right in ((2, True), (4, False)):
+        kernel, x, g = (
+            torch.randn(8 // block, 8 // block, block),
+            torch.randn(3, 8, requires_grad=True),
+            torch.randn(3, 8),
+        )
+        w = get_circulant_fast(kernel)
+        y = BlockCircularConvolution.apply(x, kernel)
+        same("output", y.detach().numpy(), (x @ w.T).detach().numpy())
+        y.backward(g)
+        assert np.allclose(x.grad.numpy(), (g @ w).numpy(), atol=1e-2) == right
