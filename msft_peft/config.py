@@ -35,7 +35,6 @@ NOT_BUILT = {
     "SHADOW": "Shadow",
     "TINYLORA": "TinyLora",
     "UNILORA": "UniLora",
-    "WAVEFT": "WaveFT",
     "XLORA": "XLora",
 }
 

@@ -7,7 +7,8 @@ import torch
 from peft.tuners.loha import layer as hf_loha
 from transformers.activations import ACT2FN
 
-from msft_peft import DeftConfig, HiraConfig, OFTConfig, PeanutConfig, PeftModel, get_peft_model
+from msft_peft import DeftConfig, HiraConfig, OFTConfig, PeanutConfig, PeftModel, WaveFTConfig, get_peft_model
+from msft_peft.backend.wavelets import FAMILIES
 
 from . import ours, theirs
 from .cases import other, same, same_dicts
@@ -159,3 +160,17 @@ def test_super_tuning_finds_the_places_of_hf(settings, tmp_path):
     again = peft.PeftModel.from_pretrained(theirs.build("mlp", weights), tmp_path / "ours").eval()
     with torch.no_grad():
         same("output", theirs.forward(again, x).numpy(), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_waveft_transforms_as_hf_does(family):
+    """Each family, on sizes that are even and odd, and smaller than the filter too."""
+    settings = {"n_frequency": 20, "wavelet_family": family, "init_weights": False, "target_modules": ["lin0", "out"]}
+    weights, _, _ = theirs.data(other("WaveFT", "family", "mlp", "lin0"), 1)
+    hf = peft.get_peft_model(theirs.build("mlp", weights), peft.WaveFTConfig(**settings))
+    mine = get_peft_model(ours.build("mlp", weights), WaveFTConfig(**settings))
+    for name in settings["target_modules"]:
+        layer, own = (getattr(model.base_model.model, name) for model in (hf, mine))
+        own.waveft_spectrum["default"].copy_(ours.ms.Tensor(layer.waveft_spectrum["default"].detach().numpy()))
+        with torch.no_grad():
+            same("weight", own.get_delta_weight("default").asnumpy(), layer.get_delta_weight("default").numpy())
