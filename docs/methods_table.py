@@ -70,7 +70,7 @@ def _row(method: Method) -> tuple[str, ...]:
 
 def _kind(patch: Patch) -> str:
     """What it does to its layer, by the hooks that it has."""
-    if patch.shared is not None:
+    if patch.shared is not None and patch.shared.keys:
         return "adds to the weight, with weights that all layers share"
     if patch.replaces:
         return "takes the layer's place"

@@ -274,6 +274,10 @@ from msft_peft.tuners.vera import (
     VeraConfig,
     VeraModel,
 )
+from msft_peft.tuners.waveft import (
+    WaveFTConfig,
+    WaveFTModel,
+)
 
 if TYPE_CHECKING:
     from msft_peft.auto import (
@@ -434,6 +438,8 @@ __all__ = [
     "VeloraConfig",
     "VeraConfig",
     "VeraModel",
+    "WaveFTConfig",
+    "WaveFTModel",
     "WithRDropLoss",
     "cast_mixed_precision_params",
     "check_hotswap_configs_compatible",

@@ -32,7 +32,6 @@ NOT_BUILT = {
     "OSF": "OSF",
     "PSOFT": "Psoft",
     "SHADOW": "Shadow",
-    "WAVEFT": "WaveFT",
     "XLORA": "XLora",
 }
 

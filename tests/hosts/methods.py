@@ -11,6 +11,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10},
     "VBLORA": {"vector_length": 16, "num_vectors": 8},
     "FOURIERFT": {"n_frequency": 20},
+    "WAVEFT": {"n_frequency": 20},
     "OFT": {"oft_block_size": 4},
     "BOFT": {"boft_block_size": 4},
     "C3A": {"block_size": 8},

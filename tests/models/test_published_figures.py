@@ -67,6 +67,7 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], int, float]] = [
     ),
     ("fourierft-default", "FourierFTConfig", QV, 56_000, 0.2),
     ("fourierft-n_frequency-5000", "FourierFTConfig", QV | {"n_frequency": 5000}, 280_000, 1.1),
+    ("waveft-n_frequency-5000", "WaveFTConfig", QV | {"n_frequency": 5000}, 280_000, 1.1),
     ("ln_tuning-default", "LNTuningConfig", {}, 175_104, 0.3),
     ("trainable_tokens-sos+eos", "TrainableTokensConfig", {"token_indices": [128000, 128001]}, 6_144, 0.0),
     ("prompt_tuning-default", "PromptTuningConfig", {"num_virtual_tokens": 200}, 614_400, 2.3),

@@ -15,8 +15,10 @@ from msft_peft import (
     PeanutConfig,
     PeftModel,
     TrainableTokensConfig,
+    WaveFTConfig,
     get_peft_model,
 )
+from msft_peft.backend.wavelets import FAMILIES
 
 from . import ours, theirs
 from .cases import compare, other, same, same_dicts
@@ -225,3 +227,17 @@ def test_the_gradient_before_c3a_is_its_transpose_s():
         same("output", y.detach().numpy(), (x @ w.T).detach().numpy())
         y.backward(g)
         assert np.allclose(x.grad.numpy(), (g @ w).numpy(), atol=1e-2) == right
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_waveft_transforms_as_hf_does(family):
+    """Each family, on sizes that are even and odd, and smaller than the filter too."""
+    settings = {"n_frequency": 20, "wavelet_family": family, "init_weights": False, "target_modules": ["lin0", "out"]}
+    weights, _, _ = theirs.data(other("WaveFT", "family", "mlp", "lin0"), 1)
+    hf = peft.get_peft_model(theirs.build("mlp", weights), peft.WaveFTConfig(**settings))
+    mine = get_peft_model(ours.build("mlp", weights), WaveFTConfig(**settings))
+    for name in settings["target_modules"]:
+        layer, own = (getattr(model.base_model.model, name) for model in (hf, mine))
+        own.waveft_spectrum["default"].copy_(ours.ms.Tensor(layer.waveft_spectrum["default"].detach().numpy()))
+        with torch.no_grad():
+            same("weight", own.get_delta_weight("default").asnumpy(), layer.get_delta_weight("default").numpy())

@@ -27,10 +27,12 @@ from msft_peft import (
     ShiraConfig,
     SupertuningConfig,
     TrainableTokensConfig,
+    WaveFTConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from msft_peft.backend.wavelets import FAMILIES, high_pass, low_pass
 from msft_peft.models import LlamaConfig, LlamaForCausalLM
 from msft_peft.tuners.lokr import factors
 from tests import nets
@@ -97,6 +99,12 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "supertuning: rank": ("Supertuning", {"r": 0}, ValueError, "r must be a positive integer or None, got 0"),
     "supertuning: alpha": ("Supertuning", {"lora_alpha": 2.0}, ValueError, "lora_alpha is set but r is None"),
     "supertuning: dropout": ("Supertuning", {"lora_dropout": 1}, ValueError, r"lora_dropout must be in \[0.0, 1.0\)"),
+    "waveft: number": ("WaveFT", {"n_frequency": 0}, ValueError, "`n_frequency` should be a positive integer"),
+    "waveft: patterns": ("WaveFT", {"n_frequency_pattern": {"a": -1}}, ValueError, r"n_frequency_pattern\['a'\]"),
+    "waveft: factor": ("WaveFT", {"scaling": float("inf")}, ValueError, "`scaling` should be a finite number"),
+    "waveft: seed": ("WaveFT", {"random_loc_seed": 2**64}, ValueError, "`random_loc_seed` should be an integer"),
+    "waveft: bias": ("WaveFT", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
+    "waveft: family": ("WaveFT", {"wavelet_family": "haar"}, ValueError, "Wavelet family haar not supported. Sup"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
 }
 # What a model makes impossible.
@@ -134,6 +142,14 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
     "shira: rank": (nets.Dense, "Shira", BOTH, ValueError, "The set rank 32 results in more shira params"),
     "shira: whose mask?": (nets.Dense, "Shira", BOTH | {"r": 1, "mask_type": "x"}, ValueError, "set config.mask_fn"),
     "supertuning: nothing": (nets.Dense, "Supertuning", BOTH, ValueError, "leaves no trainable entries for a weight"),
+    "waveft: too many": (nets.Dense, "WaveFT", BOTH, ValueError, "passed is 2592 and the product is 48: at lin0"),
+    "waveft: no filter": (
+        nets.Dense,
+        "WaveFT",
+        BOTH | {"n_frequency": 5, "wavelet_family": "coif5"},
+        ValueError,
+        "There are no filters of the wavelet family coif5",
+    ),
     "road: groups": (nets.Dense, "Road", BOTH, ValueError, "must be divisible by group_size"),
     "c3a: inputs": (nets.Dense, "C3A", BOTH | {"block_size": 4}, ValueError, "a factor of the input size"),
     "c3a: outputs": (
@@ -544,3 +560,35 @@ def test_super_tuning_knows_the_places_of_its_layer():
     with pytest.raises(LoadError, match=r"there are places that a weight of shape \(8, 6\) does not have"):
         set_peft_model_state_dict(model, state | {key: np.array([0, 1, 2, 48], np.int32)})
     assert state_of(model) == before
+
+
+def test_wavelets_are_orthonormal():
+    """Their shifts by two are, and those of the details; the sum of the squares of what comes apart is that before."""
+    assert len(FAMILIES) == 10 + 9 + 4
+    for family in FAMILIES[:-1]:
+        h = low_pass(family)
+        bank = np.zeros((len(h), 2 * len(h)))
+        for k in range(len(h) // 2):
+            bank[2 * k : 2 * k + 2, 2 * k : 2 * k + len(h)] = h, high_pass(h)
+        np.testing.assert_allclose(bank @ bank.T, np.eye(len(h)), atol=1e-10, err_msg=family)
+        assert abs(h.sum() - 2**0.5) < 1e-10, family
+
+
+def test_waveft_shares_out_its_numbers_by_size():
+    config = WaveFTConfig(**BOTH, n_frequency=10, proportional_parameters=True, n_frequency_pattern={"lin0": 3})
+    model = get_peft_model(nets.Dense(), config)
+    counts = [layer.adapters["default"].waveft_spectrum.shape for layer in layers_of(model)]
+    # Of 20 in all, 48 parts in 88 and 40 in 88.
+    assert counts == [(11,), (9,)]
+
+
+def test_haar_waves_are_plus_and_minus():
+    """Each trained number acts on two by two numbers of the weight, all of one size."""
+    model = get_peft_model(nets.Dense(), WaveFTConfig(target_modules=["lin0"], n_frequency=48, scaling=3.0))
+    (layer,) = layers_of(model)
+    patch = layer.adapters["default"]
+    waves = array(patch.waves)
+    np.testing.assert_allclose(np.abs(waves), 1.5, rtol=1e-6)
+    whole = np.zeros((48, 48))
+    np.add.at(whole, (np.repeat(np.arange(48), 4), array(patch.places)[:, 0]), waves.ravel())
+    np.testing.assert_allclose(whole @ whole.T, 9 * np.eye(48), atol=1e-5)
