@@ -34,7 +34,7 @@ class Method:
             low_cpu_mem_usage) -> Patches beside those at the targets or in their place, by path.
         tuner: the class of `PeftModel.base_model`, a `core.tuner.Tuner`, where the method has calls of its own.
         pack, unpack: (config, arrays by key) -> the same as the safetensors file holds them, and back, where that is
-            another form.
+            another form. `unpack` may also correct the config that came with the arrays.
     """
 
     config: type[PeftConfig]

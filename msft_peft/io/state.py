@@ -93,7 +93,9 @@ def set_peft_model_state_dict(
     """
     base = base_of(model)
     adapter = adapter_in(base, adapter_name)
-    tensors = unpacked(Tensors("The given state dict", as_arrays(peft_model_state_dict)), adapter.config)
+    tensors = unpacked(
+        Tensors("The given state dict", as_arrays(peft_model_state_dict)), copy.deepcopy(adapter.config)
+    )
     fitted = fit(tensors, adapter, base)
     fitted.report.check(False, ignore_mismatched_sizes, low_cpu_mem_usage)
     switch.unmerge_first(base, f"Adapter {adapter_name} cannot be overwritten when the model is merged.")

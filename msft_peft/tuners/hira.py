@@ -1,7 +1,11 @@
 """HiRA: the base weight, elementwise times a low-rank matrix, is added to itself."""
 
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Initializer, Normal
 
@@ -9,7 +13,7 @@ from msft_peft.config import TargetedConfig, check_patterns, check_positive, che
 from msft_peft.core.patch import Patch, he_uniform
 from msft_peft.core.targets import match_pattern
 from msft_peft.core.tuner import Tuner
-from msft_peft.errors import ConfigError
+from msft_peft.errors import ConfigError, PeftWarning
 from msft_peft.hosts import Site
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import USUAL
@@ -117,6 +121,26 @@ def _init_of_a(config: HiraConfig, r: int) -> Initializer:
     return Normal(1 / r) if config.init_weights == "gaussian" else he_uniform()
 
 
+_RANK = re.compile(r"\.hira_(embedding_)?A(\.|$)")
+
+
+def unpack(config: HiraConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays as they are; a pattern of ranks that none of them has goes from the config, with a warning.
+
+    HF ignores `rank_pattern` in the first adapter of a model, and writes it all the same.
+    """
+    ranks = {array.shape[0] for key, array in arrays.items() if _RANK.search(key)}
+    if config.rank_pattern and ranks == {config.r}:
+        warnings.warn(
+            f"rank_pattern={config.rank_pattern} is left out: all of the file's ranks are r={config.r}, as HF peft "
+            "makes them, which ignores the pattern in the first adapter of a model.",
+            PeftWarning,
+            stacklevel=2,
+        )
+        config.rank_pattern = {}
+    return dict(arrays)
+
+
 class HiraModel(Tuner):
     """The base model with Hira adapters in it, and the switches over them."""
 
@@ -127,4 +151,5 @@ METHOD = Method(
     patches={"embedding": HiraEmbeddingPatch} | dict.fromkeys(("dense", "conv1d", "conv2d", "conv3d"), HiraPatch),
     default_targets=USUAL,
     mixed=True,
+    unpack=unpack,
 )

@@ -1,5 +1,7 @@
 """Where other methods than LoRA part from HF peft, and who is right."""
 
+import contextlib
+
 import numpy as np
 import peft
 import pytest
@@ -14,6 +16,7 @@ from msft_peft import (
     OFTConfig,
     PeanutConfig,
     PeftModel,
+    PeftWarning,
     TrainableTokensConfig,
     WaveFTConfig,
     get_peft_model,
@@ -21,7 +24,7 @@ from msft_peft import (
 from msft_peft.backend.wavelets import FAMILIES
 
 from . import ours, theirs
-from .cases import compare, other, same, same_dicts
+from .cases import compare, make_weight, other, same, same_dicts
 
 EFFECTIVE = other("LoHa", "effective", "conv2d", "conv0", r=2, use_effective_conv2d=True)
 
@@ -49,15 +52,30 @@ def test_loha_s_effective_convolution_has_the_right_gradient(tmp_path, monkeypat
     assert off == {f"base_model.model.conv0.hada_w{i}_a" for i in (1, 2)}
 
 
-def test_hira_s_rank_pattern_counts_for_the_first_adapter_too():
+def test_hira_s_rank_pattern_counts_for_the_first_adapter_too(tmp_path):
+    """HF ignores it there, and writes it; such a file loads, with a warning."""
     settings = {"r": 3, "target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}}
-    weights, _, _ = theirs.data(other("Hira", "pattern", "mlp", "lin0"), 1)
+    weights, x, _ = theirs.data(other("Hira", "pattern", "mlp", "lin0"), 1)
     hf = peft.get_peft_model(theirs.build("mlp", weights), peft.HiraConfig(**settings))
     hf.add_adapter("second", peft.HiraConfig(**settings))
     ranks = {name: hf.base_model.model.lin1.hira_A[name].shape[0] for name in ("default", "second")}
     assert ranks == {"default": 3, "second": 2}
     mine = get_peft_model(ours.build("mlp", weights), HiraConfig(**settings))
     assert mine.base_model.model.lin1.hira_A["default"].shape[0] == 2
+    # Both adapters as HF writes them, and what each makes of a batch.
+    rng = np.random.default_rng(3)
+    for name, p in hf.named_parameters():
+        if "hira_" in name:
+            p.data = torch.tensor(make_weight(name, tuple(p.shape), rng))
+    hf.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        hf.set_adapter(name)
+        warned = pytest.warns(PeftWarning, match="is left out") if name == "default" else contextlib.nullcontext()
+        with warned:
+            mine = PeftModel.from_pretrained(ours.build("mlp", weights), folder)
+        with torch.no_grad():
+            same("output", mine(ours.ms.Tensor(x)).asnumpy(), theirs.forward(hf, x).numpy(), name)
+        assert mine.peft_config["default"].rank_pattern == ({} if name == "default" else settings["rank_pattern"])
 
 
 def test_oft_on_a_convolution_is_what_it_is_merged_to():
