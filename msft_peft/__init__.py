@@ -221,6 +221,10 @@ from msft_peft.tuners.oft import (
     OFTConfig,
     OFTModel,
 )
+from msft_peft.tuners.osf import (
+    OSFConfig,
+    OSFModel,
+)
 from msft_peft.tuners.peanut import (
     PeanutConfig,
     PeanutModel,
@@ -376,6 +380,8 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "OSFConfig",
+    "OSFModel",
     "PeanutConfig",
     "PeanutModel",
     "PeftConfig",

@@ -30,7 +30,6 @@ NOT_BUILT = {
     "ADAMSS": "Adamss",
     "FROD": "Frod",
     "LILY": "Lily",
-    "OSF": "OSF",
     "PSOFT": "Psoft",
     "SHADOW": "Shadow",
     "TINYLORA": "TinyLora",
