@@ -223,6 +223,10 @@ from msft_peft.tuners.oft import (
     OFTConfig,
     OFTModel,
 )
+from msft_peft.tuners.osf import (
+    OSFConfig,
+    OSFModel,
+)
 from msft_peft.tuners.peanut import (
     PeanutConfig,
     PeanutModel,
@@ -388,6 +392,8 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "OSFConfig",
+    "OSFModel",
     "PeanutConfig",
     "PeanutModel",
     "PeftConfig",

@@ -29,7 +29,6 @@ CONFIG_NAME = "adapter_config.json"
 NOT_BUILT = {
     "ADAMSS": "Adamss",
     "FROD": "Frod",
-    "OSF": "OSF",
     "PSOFT": "Psoft",
     "SHADOW": "Shadow",
     "XLORA": "XLora",

@@ -322,7 +322,7 @@ def he_uniform() -> Initializer:
 # What HF's modules call the tensors of their own.
 _OWN = (
     *("weight", "bias", "std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights"),
-    *("module_logits", "X", "Xd", "Xu", "zeros"),
+    *("module_logits", "X", "Xd", "Xu", "zeros", "U_low", "S_low", "V_low"),
 )
 
 

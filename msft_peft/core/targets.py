@@ -62,7 +62,8 @@ def resolve_targets(
                 f"Please specify `target_modules` in `peft_config`: no default is known for {type(model).__name__} "
                 f"(model_type={model_type!r}). Its layers that {method.name} can adapt: {_summary(sites)}."
             )
-        return targets if isinstance(targets, str) else list(targets)
+        if targets != ALL_LINEAR:
+            return targets if isinstance(targets, str) else list(targets)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         head = output_head(model)
         heads = CLASSIFIER_NAMES if head is None and config.task_type == "SEQ_CLS" else ()

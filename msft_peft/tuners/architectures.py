@@ -100,6 +100,19 @@ NORMS = _by_architecture(
     }
 )
 
+# OSF's targets.
+OSF = _by_architecture(
+    {
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"): (
+            "gemma gemma2 gemma3_text llama llama4 mistral mixtral phi qwen2 qwen3".split()
+        ),
+        ("query_key_value", "dense_4h_to_h"): "bloom falcon gpt_neox".split(),
+        ("c_attn", "c_proj"): "gpt2 gpt_bigcode".split(),
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"): ["opt"],
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"): ["gptj"],
+    }
+)
+
 # AdaLoRA's targets.
 ADALORA: dict[str, list[str] | str] = _by_architecture(
     {

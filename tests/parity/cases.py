@@ -236,6 +236,8 @@ METHOD_CASES = {
             use_idwt=False,
             fan_in_fan_out=True,
         ),
+        other("OSF", "linear", "mlp", "lin0", "lin1", "out", rank_pattern={"lin1": 3, "out": 0.4}),
+        other("OSF", "rank", "blocks", "up", "q_proj", effective_rank=3),
         other("RandLora", "linear", "mlp", "lin0", "lin1", "out", r=3, randlora_alpha=5),
         other("RandLora", "sparse", "mlp", "lin0", "out", r=4, randlora_alpha=5, sparse=True, save_projection=False),
         other("RandLora", "hf_conv1d", "gpt2", "c_attn", r=2, randlora_alpha=3, very_sparse=True, fan_in_fan_out=True),

@@ -79,6 +79,7 @@ FRESH = [
     *each("VBLoRA", 0.05, field="init_vector_bank_bound", num_vectors=40, vector_length=16, r=3),
     *each("FourierFT", True, False, n_frequency=500),
     *each("WaveFT", True, False, n_frequency=500, wavelet_family="sym4"),
+    *each("OSF", False, kinds=("dense", "tall")),
     *each("RandLora", True, False, kinds=("dense", "tall"), r=24),
     *each("BOFT", True, False, boft_block_size=4),
     *each("BOFT", True, kinds=("conv2d",), boft_block_size=4),

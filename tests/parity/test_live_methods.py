@@ -14,6 +14,7 @@ from msft_peft import (
     DeftConfig,
     HiraConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PeftModel,
     PeftWarning,
@@ -259,3 +260,32 @@ def test_waveft_transforms_as_hf_does(family):
         own.waveft_spectrum["default"].copy_(ours.ms.Tensor(layer.waveft_spectrum["default"].detach().numpy()))
         with torch.no_grad():
             same("weight", own.get_delta_weight("default").asnumpy(), layer.get_delta_weight("default").numpy())
+
+
+def test_osf_begins_with_hf_s_directions():
+    """Their signs may differ; and HF leaves an embedding as it is, silently, which is refused here."""
+    weights, _, _ = theirs.data(other("OSF", "fresh", "mlp", "lin0"), 1)
+    settings = {"target_modules": ["lin0", "lin1", "out"], "effective_rank": 0.4}
+    hf = peft.get_peft_model(theirs.build("mlp", weights), peft.OSFConfig(**settings))
+    mine = get_peft_model(ours.build("mlp", weights), OSFConfig(**settings))
+    for name in settings["target_modules"]:
+        parts = [getattr(model.base_model.model, name).osf_svd_params["default"] for model in (hf, mine)]
+        (u0, s0, v0), (u1, s1, v1) = (
+            [
+                np.asarray(getattr(part, key).detach() if part is parts[0] else getattr(part, key).asnumpy())
+                for key in keys
+            ]
+            for part, keys in ((part, ("U_low", "S_low", "V_low")) for part in parts)
+        )
+        same("weight", s1, s0)
+        same("weight", (u1 * s1) @ v1, (u0 * s0) @ v0)
+    weights, _, _ = theirs.data(other("OSF", "table", "embedding", "emb"), 1)
+    table = {"target_modules": ["emb"]}
+    assert (
+        peft.get_peft_model(theirs.build("embedding", weights), peft.OSFConfig(**table)).get_nb_trainable_parameters()[
+            0
+        ]
+        == 0
+    )
+    with pytest.raises(ValueError, match=r"emb .* is not supported"):
+        get_peft_model(ours.build("embedding", weights), OSFConfig(**table))

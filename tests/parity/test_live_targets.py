@@ -13,7 +13,7 @@ HF = {
 }
 
 
-@pytest.mark.parametrize("name", ["BOFT", "FOURIERFT", "RANDLORA", "VBLORA", "VERA", "WAVEFT"])
+@pytest.mark.parametrize("name", ["BOFT", "FOURIERFT", "OSF", "RANDLORA", "VBLORA", "VERA", "WAVEFT"])
 def test_default_targets(name):
     def in_order(targets):
         return {kind: layers if isinstance(layers, str) else sorted(layers) for kind, layers in targets.items()}

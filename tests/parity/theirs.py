@@ -83,10 +83,8 @@ def record(model: PeftModel, x: np.ndarray, target: np.ndarray, merge: bool = Tr
     found = Record(y, loss, grads, *counts, text)
     if merge:
         with torch.no_grad():
-            model.merge_adapter()
-            found.merged_output = forward(model, x).numpy()
-            model.unmerge_adapter()
             merged = model.merge_and_unload()
+            found.merged_output = merged(torch.tensor(x)).numpy()
         found.merged = {key: value.numpy().copy() for key, value in merged.state_dict().items()}
     return found
 

@@ -5,7 +5,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 import msft_peft
 from msft_peft import (
@@ -23,6 +23,7 @@ from msft_peft import (
     MergeError,
     MissConfig,
     OFTConfig,
+    OSFConfig,
     RoadConfig,
     ShiraConfig,
     SupertuningConfig,
@@ -105,6 +106,10 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "waveft: seed": ("WaveFT", {"random_loc_seed": 2**64}, ValueError, "`random_loc_seed` should be an integer"),
     "waveft: bias": ("WaveFT", {"bias": "lora_only"}, NotImplementedError, "Requested bias: lora_only"),
     "waveft: family": ("WaveFT", {"wavelet_family": "haar"}, ValueError, "Wavelet family haar not supported. Sup"),
+    "osf: rank": ("OSF", {"effective_rank": 0}, ValueError, "`effective_rank` should be a positive integer value but"),
+    "osf: share": ("OSF", {"effective_rank": -0.5}, ValueError, "but the value passed is -0.5"),
+    "osf: patterns": ("OSF", {"rank_pattern": {"a": 0}}, ValueError, r"`rank_pattern\['a'\]` should be a positive"),
+    "osf: regex": ("OSF", {"rank_pattern": {"(": 2}}, ValueError, "is no valid regular expression"),
     "delora: lambda": ("Delora", {"delora_lambda": float("nan")}, ValueError, "`delora_lambda` should be a finite"),
 }
 # What a model makes impossible.
@@ -150,6 +155,21 @@ MISFITS: dict[str, tuple[type[nn.Cell], str, dict[str, Any], type[Exception], st
         ValueError,
         "There are no filters of the wavelet family coif5",
     ),
+    "osf: all": (
+        nets.Dense,
+        "OSF",
+        BOTH | {"effective_rank": 6},
+        ValueError,
+        r"effective_rank=6 leaves nothing to train of lin0, whose weight \(8, 6\) has the rank 6",
+    ),
+    "osf: none": (
+        nets.Dense,
+        "OSF",
+        BOTH | {"effective_rank": 0.1},
+        ValueError,
+        "`effective_rank` should be a positive integer value but the value passed is 0: at lin0",
+    ),
+    "osf: embedding": (nets.Embedding, "OSF", {"target_modules": ["emb"]}, ValueError, "emb .* is not supported"),
     "road: groups": (nets.Dense, "Road", BOTH, ValueError, "must be divisible by group_size"),
     "c3a: inputs": (nets.Dense, "C3A", BOTH | {"block_size": 4}, ValueError, "a factor of the input size"),
     "c3a: outputs": (
@@ -592,3 +612,33 @@ def test_haar_waves_are_plus_and_minus():
     whole = np.zeros((48, 48))
     np.add.at(whole, (np.repeat(np.arange(48), 4), array(patch.places)[:, 0]), waves.ravel())
     np.testing.assert_allclose(whole @ whole.T, 9 * np.eye(48), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["lin0", "lin1"], ids=["tall", "wide"])
+def test_osf_s_gradients_are_orthogonal_to_what_is_kept(layer, mode):
+    """In compiled code too, and where the weights are no longer what they began with."""
+    model = get_peft_model(nets.Dense(), OSFConfig(target_modules=[layer], effective_rank=2))
+    patch, x = layers_of(model)[0].adapters["default"], model.sample()
+    u, _, v = np.linalg.svd(array(patch.base_weight()), full_matrices=False)
+    shake(weights_of(model, "default"))
+    weights = model.trainable_params()
+
+    def loss(x):
+        return ops.reduce_sum(ops.square(model(x)))
+
+    found = dict(zip([p.name.rpartition(".")[2] for p in weights], ms.grad(loss, None, weights)(x), strict=True))
+    assert min(np.abs(array(found[name])).max() for name in ("U_low", "V_low")) > 1e-2
+    assert np.abs(u[:, :2].T @ array(found["U_low"])).max() < 1e-5
+    assert np.abs(array(found["V_low"]) @ v[:2].T).max() < 1e-5
+
+
+def test_osf_s_ranks():
+    """The first pattern that is found anywhere in a path counts; shares are of the smaller side."""
+    ranks = {"x": 1, "n0": 0.5, "lin0": 1}
+    model = get_peft_model(nets.Dense(), OSFConfig(**BOTH, effective_rank=3.0, rank_pattern=ranks))
+    assert [layer.adapters["default"].S_low.shape for layer in layers_of(model)] == [(6 - 3,), (5 - 3,)]
+
+
+def test_osf_adapts_all_dense_layers_where_none_are_usual():
+    model = get_peft_model(nets.Dense(), OSFConfig())
+    assert [layer.site.path for layer in layers_of(model)] == ["lin0", "lin1"]
