@@ -61,6 +61,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Trainable tokens": ("TrainableTokensConfig", {"token_indices": [0, 1]}),
     "VB-LoRA": ("VBLoRAConfig", QV | {"r": 4, "num_vectors": 64, "vector_length": 64}),
     "VeRA": ("VeraConfig", QV | {"r": 64}),
+    "Adaption prompts": ("AdaptionPromptConfig", {"adapter_len": 10, "adapter_layers": 2}),
+    "BEFT": ("BeftConfig", {"target_modules": ["v_proj"]}),
+    "DEFT": ("DeftConfig", QV | {"r": 8}),
+    "GLoRA": ("GloraConfig", QV | {"r": 8}),
+    "Lily": ("LilyConfig", QV | {"r": 8, "stride_A": 2}),
+    "OSF": ("OSFConfig", QV | {"effective_rank": 448}),
+    "PEANuT": ("PeanutConfig", QV | {"r": 8}),
+    "Super-Tuning": ("SupertuningConfig", QV | {"sparsity": 0.99}),
+    "TinyLoRA": ("TinyLoraConfig", QV | {"r": 2, "u": 64}),
+    "Uni-LoRA": ("UniLoraConfig", QV | {"r": 4}),
+    "WaveFT": ("WaveFTConfig", QV | {"n_frequency": 1000}),
+    # Not PVeRA and Poly, whose steps are random.
 }
 REFERENCE = "LoRA"
 
