@@ -355,7 +355,7 @@ class QuestionAnswerer(PreTrainedModel):
             use_cache,
             output_hidden_states,
         )
-        logits = self.qaresults(body["last_hidden_state"])  # (B, T, 2)
+        logits = self.qa_outputs(body["last_hidden_state"])  # (B, T, 2)
         start, end = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:

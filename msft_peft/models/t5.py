@@ -473,7 +473,7 @@ class T5ForQuestionAnswering(T5PreTrainedModel):
             None,
             output_hidden_states,
         )
-        logits = self.qaresults(body["last_hidden_state"])  # (B, T, 2)
+        logits = self.qa_outputs(body["last_hidden_state"])  # (B, T, 2)
         start_logits, end_logits = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -57,6 +57,7 @@ class LoKrPatch(LycorisPatch):
         super().setup(site, config)
         self.makes_up = config.rank_dropout_scale
         out, inputs, *kernel = site.shape
+        self.builds_delta = self.builds_delta and bool(kernel)  # dense layers have a thinner route
         (a, b), (c, d) = (factors(n, config.decompose_factor) for n in (out, inputs))
         self.sizes = (a, b, c, d)
         left, right = _inits(config.init_weights)
