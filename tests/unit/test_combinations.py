@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from msft_peft import AdapterNameError, ConfigError, LoraConfig, MergeError, PeftModel, get_peft_model
+from msft_peft import ConfigError, LoraConfig, MergeError, PeftModel, get_peft_model
 from msft_peft.functional import cast_adapter_dtype
 from tests import nets
 from tests.cases import output, shake, state_of, weights_of
