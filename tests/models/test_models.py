@@ -496,3 +496,18 @@ def test_sequences_need_a_padding_token():
     with pytest.raises(ValueError, match=r"config.pad_token_id is None"):
         model(Tensor(tiny.tokens()))
     assert model(Tensor(tiny.tokens()[:1]))["logits"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_answers_are_scored_by_the_head(family):
+    sizes = {"llama": tiny.DECODERS["llama"][1], "bert": tiny.ENCODERS["bert"], "t5": tiny.SEQ2SEQ["t5"][1]}[family]
+    config = models.AutoConfig.for_model(family, **sizes)
+    model = tiny.scatter(models.AutoModelForQuestionAnswering.from_config(config)).set_train(False)
+    seen = []
+    model.qa_outputs.register_forward_hook(lambda cell, inputs, output: seen.append(output.asnumpy()))
+    starts, ends = Tensor(np.array([1, 2, 0], np.int32)), Tensor(np.array([3, 2, 1], np.int32))
+    outputs = model(Tensor(tiny.tokens()), start_positions=starts, end_positions=ends)
+    (scores,) = seen
+    tiny.close(outputs["start_logits"].asnumpy(), scores[..., 0], 1e-6)
+    tiny.close(outputs["end_logits"].asnumpy(), scores[..., 1], 1e-6)
+    assert 0 < float(outputs["loss"]) < 20
