@@ -77,10 +77,12 @@ class Adapter:
         hf_name, seen = hf_names(model), set()
         for path, patch in self.patches.items():
             for holder, attribute, suffix in patch.placed():
-                if attribute in holder.unsaved or (id(getattr(holder, attribute)) in seen and not copies):
-                    continue
-                seen.add(id(getattr(holder, attribute)))
                 p, (place, rest) = getattr(holder, attribute), place_of(suffix)
+                # Of tied layers HF's files have both, and each its own layout.
+                again = id(p) in seen and not (copies or patch.rides)
+                if attribute in holder.unsaved or again:
+                    continue
+                seen.add(id(p))
                 local = ".".join(part for part in (path, place, self.name, rest) if part)
                 key = f"{hf_name(path)}.{suffix}" if holder is patch else BESIDE + suffix
                 shape, blocks = holder.shape_of(attribute), holder.blocks_of(attribute)

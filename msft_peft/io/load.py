@@ -177,10 +177,12 @@ def check_rows(fitted: Fit, adapter: Adapter, saved: np.ndarray | None) -> None:
 
 
 def _check_copies(pairs: Iterable[tuple[Named, np.ndarray]], origin: str) -> None:
+    """Tensors of one weight, which several layers hold, must be equal; one of two tied layers has it turned."""
     first: dict[int, tuple[Named, np.ndarray]] = {}
     for named, array in pairs:
-        other, values = first.setdefault(id(named.parameter), (named, array))
-        if not np.array_equal(values, array, equal_nan=values.dtype.kind == "f"):
+        held = array.T if named.turned else array
+        other, values = first.setdefault(id(named.parameter), (named, held))
+        if not np.array_equal(values, held, equal_nan=values.dtype.kind == "f"):
             raise LoadError(
                 f"{origin}: {named.key} is another tensor than {other.key}, which is the same weight: their layers "
                 "share it. Nothing was changed. The file is damaged."

@@ -4,6 +4,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.utils import constants
 
 from msft_peft import PeftModel
@@ -35,11 +36,18 @@ def test_the_usual_targets_are_hfs(name):
 
 def test_what_has_no_table_in_hf_has_none_here():
     """Prompt methods work in no layers, tokens are in the input embedding, and three methods HF does not have."""
-    without = {name: METHODS[name] for name, table in USUAL.items() if table is None}
+    without = {name: METHODS[name] for name, table in USUAL.items() if table is None and name != "ADAPTION_PROMPT"}
     assert not any(method.default_targets for method in without.values())
     layered = {name for name, method in without.items() if method.prompt is None}
     assert layered == {"BITFIT", "BOTTLENECK_ADAPTER", "LOW_RANK_ADAPTER", "TRAINABLE_TOKENS"}
     assert all(METHODS[name].find_targets is not None for name in layered)
+
+
+def test_adaption_prompts_know_hfs_attentions():
+    ours = METHODS["ADAPTION_PROMPT"].default_targets
+    assert {key: ours[key] for key in TRANSFORMERS_MODEL_CONFIG} == {
+        key: [known.target_modules] for key, known in TRANSFORMERS_MODEL_CONFIG.items()
+    }
 
 
 @pytest.mark.parametrize("case", UNBIASED.values(), ids=UNBIASED)
