@@ -10,13 +10,13 @@ from mindspore.common.initializer import Normal
 
 from msft_peft.backend.arrays import HALF_DTYPES, as_float32, to_numpy
 from msft_peft.config import TargetedConfig, check_patterns
+from msft_peft.core.patch import Patch
 from msft_peft.core.targets import ALL_LINEAR
 from msft_peft.core.tuner import Tuner
 from msft_peft.errors import ConfigError
 from msft_peft.hosts import Site, model_config
 from msft_peft.registry import Method
 from msft_peft.tuners.architectures import OSF
-from msft_peft.tuners.low_rank import LowRankPatch
 
 
 @dataclass
@@ -63,41 +63,23 @@ def _check_rank(where: str, value: Any) -> None:
         raise ConfigError(f"`{where}` should be a positive integer value but the value passed is {value}")
 
 
-class Joined(nn.Cell):
-    """w and a constant beside it, where the gradient of w loses what lies in a subspace, or outside of it.
-
-    Not w alone: graph mode mixes up Parameters that a Cell with a gradient of its own gives back as they are.
+def projected(w: Tensor, basis: Tensor, rows: bool, within: bool) -> Tensor:
+    """w as it is, where its gradient loses what lies in a subspace, or outside of it.
 
     Args:
-        rows: w (k, n), the constant (k, n) and the subspace's orthonormal basis (r, n) are rows; otherwise columns,
-            (n, k) and (n, r).
+        w: (k, n) if `rows`, else (n, k).
+        basis: orthonormal, (r, n) or (n, r).
+        rows: which of the two.
         within: the gradient's part in the subspace is kept; otherwise the rest of it.
     """
-
-    def __init__(self, rows: bool, within: bool) -> None:
-        super().__init__()
-        self.rows, self.within = rows, within
-
-    def construct(self, w: Tensor, constant: Tensor, basis: Tensor) -> Tensor:
-        return ops.concat((w, constant), 0 if self.rows else 1)
-
-    def bprop(self, w: Tensor, constant: Tensor, basis: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-        turned = ops.transpose(basis, (1, 0))
-        if self.rows:
-            d = dout[: w.shape[0]]
-            part = ops.matmul(ops.matmul(d, turned), basis)
-        else:
-            d = dout[:, : w.shape[1]]
-            part = ops.matmul(basis, ops.matmul(turned, d))
-        return part if self.within else ops.sub(d, part), ops.zeros_like(constant), ops.zeros_like(basis)
+    turned = ops.transpose(basis, (1, 0))
+    part = ops.matmul(ops.matmul(w, turned), basis) if rows else ops.matmul(basis, ops.matmul(turned, w))
+    kept = part if within else ops.sub(w, part)
+    # The two differ by nothing, so that w keeps its bits.
+    return ops.add(ops.stop_gradient(w), ops.sub(kept, ops.stop_gradient(kept)))
 
 
-# Of the whole process: a compiled graph holds on to Cells with a gradient of their own, past their model's end.
-_columns_in, _columns_beside = Joined(False, True), Joined(False, False)
-_rows_in, _rows_beside = Joined(True, True), Joined(True, False)
-
-
-class OSFPatch(LowRankPatch):
+class OSFPatch(Patch):
     """W' = W + U·diag(s)·V - U₀·diag(s₀)·V₀, with U₀, s₀, V₀ the k smallest singular directions of W.
 
     Gradients of U and V are projected on what is orthogonal to the directions that are kept, U₁ and V₁. Where a side
@@ -112,7 +94,6 @@ class OSFPatch(LowRankPatch):
 
     def setup(self, site: Site, config: OSFConfig) -> None:
         kept = _rank(site, config)
-        self.r, self.dropout = 2 * (min(site.shape) - kept), nn.Identity()
         w = as_float32(to_numpy(site.from_storage(site.weight)))
         u, s, v = (self.rounded(part) for part in np.linalg.svd(w, full_matrices=False))
         self.osf_U, self.osf_S, self.osf_V = (
@@ -138,17 +119,22 @@ class OSFPatch(LowRankPatch):
     def constant(self, key: str, values: np.ndarray) -> Parameter:
         return self.weight(key, values.shape, np.ascontiguousarray(values), fixed=True, saved=False)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        if self.tall:
-            u = _columns_beside(self.U_low, self.osf_U, self.osf_high)
-        else:
-            u = _columns_in(self.U_low, self.osf_U, self.osf_U)
-        if self.wide:
-            v = _rows_beside(self.V_low, self.osf_V, self.osf_high)
-        else:
-            v = _rows_in(self.V_low, self.osf_V, self.osf_V)
-        s = ops.concat((self.S_low, ops.neg(self.osf_S)), 0)
-        return u, ops.mul(v, ops.expand_dims(s, 1))
+    def factors(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(U, diag(s)·V) and (U₀, diag(s₀)·V₀)."""
+        u = projected(self.U_low, self.osf_high if self.tall else self.osf_U, False, not self.tall)
+        v = projected(self.V_low, self.osf_high if self.wide else self.osf_V, True, not self.wide)
+        own, at_first = ops.expand_dims(self.S_low, 1), ops.expand_dims(self.osf_S, 1)
+        # Not joined to one product: to compile a model of several such layers would take minutes (MindSpore 2.10.0).
+        return (u, ops.mul(v, own)), (self.osf_U, ops.mul(self.osf_V, at_first))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        (u, v), (u_0, v_0) = self.factors()
+        x = self.op.rows(self.cast(x))
+        return self.op.add(y, ops.sub(self.op.mix(self.op(x, v), u), self.op.mix(self.op(x, v_0), u_0)))
+
+    def delta_weight(self) -> Tensor:
+        (u, v), (u_0, v_0) = self.factors()
+        return ops.sub(ops.matmul(u, v), ops.matmul(u_0, v_0))
 
 
 def _rank(site: Site, config: OSFConfig) -> int:
